@@ -28,7 +28,7 @@ PYTHON3 ?= python3
 PYTHON ?= $(VENV)/bin/python
 
 export GPUS Q
-export PATH := $(abspath $(dir $(PYTHON))):$(PATH)
+export PATH := $(if $(findstring /,$(PYTHON)),$(abspath $(dir $(PYTHON))):)$(PATH)
 
 OUT := data/out/$(RECIPE)
 R := recipes/$(RECIPE)
