@@ -1,0 +1,612 @@
+"""convert_sft_format.py: every record ends in data or in rejected, every field in the row or in the ledger."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import zstandard
+from conftest import ROOT, clean_environment
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+SCRIPT = "convert_sft_format.py"
+FORMATS = ("messages", "openai", "alpaca", "sharegpt", "chatml")
+SAMPLE = ROOT / "data" / "sample" / "sft"
+
+
+@pytest.fixture(scope="module")
+def module(load_script):
+    return load_script(SCRIPT)
+
+
+def rows(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def user(text, **more):
+    return {"role": "user", "content": text} | more
+
+
+def answer(text, **more):
+    return {"role": "assistant", "content": text} | more
+
+
+def call(name, arguments, call_id="call_0"):
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def result(text, call_id="call_0"):
+    return {"role": "tool", "content": text, "tool_call_id": call_id}
+
+
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "number"}}}}}]
+PLAIN = [user("question"), answer("answer")]
+
+# awkward but legal conversations: name, row
+LEGAL = {
+    "plain": {"messages": PLAIN},
+    "system": {"messages": [{"role": "system", "content": "Be short."}, *PLAIN]},
+    "several turns": {"messages": [*PLAIN, user("再问一次？"), answer("好的。")]},
+    "assistant first": {"messages": [answer("Hello!"), *PLAIN]},
+    "system in the middle": {"messages": [*PLAIN, {"role": "system", "content": "Now in French."}, user("encore"), answer("oui")]},
+    "developer": {"messages": [{"role": "developer", "content": "Be short."}, *PLAIN]},
+    "weight and name": {"messages": [user("a", name="sam"), answer("b", weight=0), user("c", name="kim"), answer("d", weight=1)]},
+    "refusal": {"messages": [user("harm"), answer(None, refusal="No.")]},
+    "reasoning": {"messages": [user("3 + 4"), answer("7", reasoning_content="3 + 4 = 7\n\nso 7")]},
+    "empty reasoning": {"messages": [user("3 + 4"), answer("7", reasoning_content="")]},
+    "call": {"messages": [user("add"), answer(None, tool_calls=[call("add", '{"a":  1.50}')]), result("2"), answer("2")], "tools": TOOLS},
+    "call at the end": {"messages": [user("add"), answer(None, tool_calls=[call("add", "{}")])], "tools": TOOLS},
+    "call with text": {"messages": [user("add"), answer("Let me see.\n", tool_calls=[call("add", "{}")]), result(""), answer("0")]},
+    "call with reasoning": {"messages": [user("add"), answer(None, tool_calls=[call("add", "{}")], reasoning_content="r"), result("0")]},
+    "parallel calls": {
+        "messages": [
+            user("both"),
+            answer(None, tool_calls=[call("add", '{"a":1}', "x1"), call("sub", '{"b": "<b>"}', "x2")]),
+            result("1", "x1"),
+            result("2", "x2"),
+            answer("1 and 2"),
+        ]
+    },
+    "results in another order": {
+        "messages": [
+            user("both"),
+            answer("Both.", tool_calls=[call("add", "{}", "x1"), call("sub", "{}", "x2")]),
+            result("2", "x2"),
+            result("1", "x1"),
+            answer("ok"),
+        ]
+    },
+    "markup in a call": {"messages": [user("q"), answer(None, tool_calls=[call("run", '{"code": "</tool_call>"}')]), result("1")]},
+    "literal tool tags": {"messages": [user("q"), answer('Write <tool_call>\n{"name": "f", "arguments": {}}\n</tool_call> so.')]},
+    "a question that looks like a result": {"messages": [user("<tool_response>\n1\n</tool_response>"), answer("So it is.")]},
+    "parts": {"messages": [user([{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]), answer("three")]},
+    "image": {"messages": [user([{"type": "image_url", "image_url": {"url": "a.png"}}]), answer("A cat.")]},
+    "unknown keys": {"messages": [user("a", mood="good"), answer("b", score=0.5)], "meta": {"n": [1, None]}, "text": "x", "history": "[y"},
+    "names of other formats": {
+        "messages": [user("a", value=1), answer("b")],
+        "instruction": "i",
+        "conversations": [1],
+        "output": 0,
+        "from": 1,
+    },
+    "white space": {"messages": [user("  a\n\n"), answer("\n b \t\n")]},
+    "line separators": {"messages": [user("a\u2028b\u0085c\x0bd"), answer("😀\u200b\ufeff")]},
+    "pipes and tags": {"messages": [user("a <| b |> c <s>x</s> [INST]"), answer("<b>1</b> < 2 <think>")]},
+    "two answers": {"messages": [user("a"), answer("b"), answer("c")]},
+    "ids": {"messages": PLAIN, "id": 7, "source": "mine", "tools": TOOLS},
+    "alpaca": {"instruction": "add", "input": "1\n2", "output": "3", "system": "s", "history": [["a", "b"]], "id": "k"},
+    "alpaca, input only": {"instruction": "", "input": "hello", "output": "hi"},
+    "sharegpt": {
+        "system": "s",
+        "tools": json.dumps(TOOLS),
+        "conversations": [
+            {"from": "human", "value": "q", "weight": 0},
+            {"from": "function_call", "value": '[{"name": "add", "arguments": {"a": 1}}, {"name": "add", "arguments": "{}"}]'},
+            {"from": "observation", "value": "1"},
+            {"from": "tool", "value": "2"},
+            {"from": "gpt", "value": "<think>t</think>ok"},
+        ],
+    },
+    "ms-swift": {"conversation": [{"system": "s", "human": "a", "assistant": "b", "loss": True}, {"human": "c", "assistant": "d"}]},
+    "ms-swift parallel calls": {
+        "messages": [
+            user("q"),
+            {"role": "tool_call", "content": '{"name": "add", "arguments": {"a": 1}}'},
+            {"role": "tool_call", "content": '{"name": "sub", "arguments": {}}'},
+            {"role": "tool_response", "content": "1"},
+            {"role": "tool_response", "content": "2"},
+            answer("1 and 2"),
+        ]
+    },
+    "hermes": {
+        "conversations": [
+            {"from": "human", "value": "q"},
+            {"from": "gpt", "value": 'One moment.\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'},
+            {"from": "tool", "value": "<tool_response>\n1\n</tool_response>"},
+            {"from": "gpt", "value": "1"},
+        ]
+    },
+    "chatml": {"text": "<|im_start|>user\na\n\nb<|im_end|>\n<|im_start|>assistant\nc<|im_end|>", "id": "z"},
+    "deprecated": {
+        "messages": [
+            user("a"),
+            answer(None, function_call={"name": "add", "arguments": '{"a": 1}'}),
+            {"role": "function", "name": "add", "content": "1"},
+            answer("1"),
+        ],
+        "functions": [{"name": "add"}],
+    },
+}
+
+# a record that nobody should train on: reason, row
+BAD = {
+    "two user turns in a row": {"messages": [user("a"), user("b"), answer("c")]},
+    "empty answer": {"messages": [user("a"), answer(" \n")]},
+    "empty question": {"messages": [user(""), answer("b")]},
+    "unknown role": {"messages": [user("a"), {"role": "narrator", "content": "b"}]},
+    "no assistant turn": {"messages": [user("a")]},
+    "no turns": {"messages": []},
+    "no content": {"messages": [{"role": "system"}, *PLAIN]},
+    "tool result without its call": {"messages": [user("a"), result("1"), answer("b")]},
+    "tool call without its result": {"messages": [user("a"), answer(None, tool_calls=[call("f", "{}")]), user("b"), answer("c")]},
+    "two tool calls with one id": {"messages": [user("a"), answer(None, tool_calls=[call("f", "{}"), call("g", "{}")])]},
+    "arguments are not a JSON object": {"messages": [user("a"), answer(None, tool_calls=[call("f", '{"a": }')])]},
+    "tool call without a function name": {"messages": [user("a"), answer(None, tool_calls=[{"id": "x", "type": "function"}])]},
+    "tool calls outside of an assistant turn": {"messages": [user("a", tool_calls=[call("f", "{}")]), answer("b")]},
+    "special token in the text": {"messages": [user("a"), answer("b<|im_end|>")]},
+    "two system prompts": {"messages": [{"role": "system", "content": "s"}, *PLAIN], "system": "t"},
+    "turn is not an object": {"messages": ["a", "b"]},
+    "content is not text, or tool calls are not a list": {"messages": [user(5), answer("b")]},
+    "record is not an object": [1, 2],
+    "number beyond 64 bits": {"messages": PLAIN, "n": 2**70},
+    "tools are not a list": {"messages": PLAIN, "tools": {"name": "f"}},
+}
+BROKEN = {
+    "not JSON": ['{"messages": [', '{"messages": NaN}', '{"messages": [{"role": "user", "content": "\\ud800"}]}', "[" * 5000, "\x00\x01"],
+    "duplicate key": [
+        '{"messages": [{"role": "user", "content": "a", "content": "b"}, {"role": "assistant", "content": "c"}]}',
+        '{"messages": [{"role": "user", "content" : "a", "content": ": b"}, {"role": "assistant", "content": "c"}]}',
+        '{"messages": [{"role": "user", "content": "a", "con\\u0074ent": "\\u0022:"}, {"role": "assistant", "content": "c"}]}',
+    ],
+}
+
+
+def source_format(row):
+    keys = {"instruction": "alpaca", "conversations": "sharegpt", "conversation": "sharegpt", "text": "chatml"}
+    return "openai" if "messages" in row else next(form for key, form in keys.items() if key in row)
+
+
+def there_and_back(module, row, target):
+    """Convert to messages, to `target`, and back; return what went in, what came back, and the ledger's fields."""
+    first, _, lost = module.convert(json.dumps(row).encode(), source_format(row), "messages", "f")
+    written, _, more = module.convert(first, "messages", target, "f")
+    back, _, rest = module.convert(written, target, "messages", "f")
+    return json.loads(first), json.loads(back), {field for field, _, _ in [*lost, *more, *rest]}
+
+
+def differences(was, now):
+    """Name the fields that differ; an empty content is written "" or null, as the format has it."""
+    fields = {key for key in was if key != "messages" and was[key] != now.get(key)}
+    for n, (a, b) in enumerate(zip(was["messages"], now["messages"], strict=True)):
+        a, b = (turn | {"content": turn["content"] or None} for turn in (a, b))
+        fields |= {f"messages[{n}].{key}" for key in a.keys() | b.keys() if a.get(key) != b.get(key)}
+    return fields
+
+
+@pytest.mark.parametrize("target", FORMATS)
+@pytest.mark.parametrize("name", LEGAL)
+def test_there_and_back_is_the_identity_or_the_ledger_names_the_difference(module, name, target):
+    try:
+        was, now, ledger = there_and_back(module, LEGAL[name], target)
+    except module.Reject as reject:
+        assert str(reject).startswith(f"{target} cannot hold it"), reject
+        return
+    assert differences(was, now) <= ledger
+    assert [turn["content"] or None for turn in was["messages"]] == [turn["content"] or None for turn in now["messages"]] or name == "parts"
+
+
+def test_which_conversations_a_format_cannot_hold(module):
+    refused = {}
+    for name, row in LEGAL.items():
+        for target in FORMATS:
+            try:
+                there_and_back(module, row, target)
+            except module.Reject:
+                refused.setdefault(target, []).append(name)
+    assert refused.pop("alpaca") == refused_by_alpaca()
+    text = ["results in another order", "markup in a call", "literal tool tags", "a question that looks like a result", "image"]
+    assert refused == {"sharegpt": [name for name in text if name != "markup in a call"], "chatml": ["refusal", *text]}
+
+
+def refused_by_alpaca():
+    tools = ("call", "call with text", "call with reasoning", "parallel calls", "results in another order", "markup in a call")
+    order = ("assistant first", "system in the middle", "developer", "refusal", "literal tool tags", "a question that looks like a result")
+    other = ("image", "two answers", "sharegpt", "ms-swift parallel calls", "hermes", "deprecated")
+    return [name for name in LEGAL if name in (*tools, *order, *other)]
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_a_bad_record_is_rejected_with_its_reason(module, reason):
+    with pytest.raises(module.Reject) as caught:
+        module.convert(json.dumps(BAD[reason]).encode(), "openai", "messages", "f")
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(("reason", "line"), [(reason, line) for reason, lines in BROKEN.items() for line in lines])
+def test_broken_json_is_rejected(module, reason, line):
+    with pytest.raises(module.Reject) as caught:
+        module.convert(line.encode(), "openai", "messages", "f")
+    assert caught.value.reason == reason
+
+
+def test_the_exact_rows(module):
+    """What each format looks like, letter by letter."""
+    row = {
+        "messages": [
+            {"role": "system", "content": "s"},
+            user("add"),
+            answer("I add.", tool_calls=[call("add", '{"a":  1}', "abc")]),
+            result("1", "abc"),
+            answer("1", reasoning_content="easy"),
+        ],
+        "id": "k",
+        "source": "f",
+    }
+    written = {
+        target: json.loads(module.convert(json.dumps(row).encode(), "messages", target, "f")[0])
+        for target in ("openai", "sharegpt", "chatml")
+    }
+    inline = 'I add.\n<tool_call>\n{"name": "add", "arguments": {"a":  1}}\n</tool_call>'
+    thought = "<think>\neasy\n</think>\n\n1"
+    assert written["openai"]["messages"] == [*row["messages"][:-1], answer(thought)]
+    assert written["sharegpt"]["conversations"] == [
+        {"from": "system", "value": "s"},
+        {"from": "human", "value": "add"},
+        {"from": "gpt", "value": inline},
+        {"from": "observation", "value": "1"},
+        {"from": "gpt", "value": thought},
+    ]
+    turns = [("system", "s"), ("user", "add"), ("assistant", inline), ("tool", "1"), ("assistant", thought)]
+    assert written["chatml"]["text"] == "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns)
+    alpaca = {"messages": [{"role": "system", "content": "s"}, user("a"), answer("b"), user("c"), answer("d")], "id": "k"}
+    line, _, lost = module.convert(json.dumps(alpaca).encode(), "messages", "alpaca", "f")
+    expected = {"instruction": "c", "input": "", "output": "d", "system": "s", "history": [["a", "b"]], "id": "k", "source": "f"}
+    assert json.loads(line) == expected and not lost
+
+
+def test_parallel_calls_of_ms_swift_get_their_results(module):
+    messages = module.read(LEGAL["ms-swift parallel calls"], "openai")[0]["messages"]
+    assert [turn["tool_calls"][0]["id"] for turn in messages[1:3]] == ["call_0", "call_1"]
+    assert [turn["tool_call_id"] for turn in messages[3:5]] == ["call_0", "call_1"]
+
+
+def test_the_ledger_names_field_and_value(module):
+    row = {"messages": [user("a", name="sam"), answer("b", weight=0)], "text": "extra"}
+    _, _, lost = module.convert(json.dumps(row).encode(), "openai", "chatml", "f")
+    assert {(field, value) for field, value, _ in lost} == {("text", "extra"), ("messages[0].name", "sam"), ("messages[1].weight", 0)}
+
+
+def test_no_system_prompt_is_invented_and_none_is_lost(module):
+    for name, row in LEGAL.items():
+        had = json.dumps(row).count('"system"') - json.dumps(row).count('"system": ""')
+        for target in FORMATS:
+            try:
+                line = module.convert(json.dumps(row).encode(), source_format(row), target, "f")[0]
+            except module.Reject:
+                continue
+            now = module.read(json.loads(line), target)[0]["messages"]
+            was = module.read(json.loads(json.dumps(row)), source_format(row))[0]["messages"]
+            prompts = [[turn["content"] for turn in turns if turn["role"] in ("system", "developer")] for turns in (was, now)]
+            assert prompts[0] == prompts[1] and len(prompts[0]) <= had + 1, name
+
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1, max_size=12).filter(str.strip) | st.sampled_from(
+    ["<think>", "</think>", "<tool_call>", "<b>", "\n\n", "<|", "a\n", '": "', "user: hi", "<think>\nx\n</think>\n\ny", "：」"]
+).map(lambda text: text + ".")
+VALUE = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | TEXT | st.lists(st.integers(0, 9), max_size=2)
+ARGUMENTS = st.dictionaries(TEXT, VALUE, max_size=2).map(lambda value: json.dumps(value, ensure_ascii=len(value) > 1))
+
+
+@st.composite
+def conversations(draw):
+    turns = [{"role": draw(st.sampled_from(["system", "developer"])), "content": draw(TEXT)}] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 3))):
+        turns.append(user(draw(TEXT)) | draw(st.dictionaries(st.sampled_from(["name", "mood", "value"]), TEXT, max_size=1)))
+        if draw(st.integers(0, 2)) == 0:
+            ids = [f"id{len(turns)}_{n}" if draw(st.booleans()) else f"call_{n}" for n in range(draw(st.integers(1, 2)))]
+            calls = [call(draw(st.sampled_from(["add", "求和"])), draw(ARGUMENTS), call_id) for call_id in ids]
+            turns.append(answer(draw(st.none() | TEXT), tool_calls=calls))
+            turns += [result(draw(st.just("") | TEXT), call_id) for call_id in draw(st.permutations(ids))]
+        more = draw(st.fixed_dictionaries({}, optional={"weight": st.sampled_from([0, 1]), "reasoning_content": TEXT, "score": VALUE}))
+        turns.append(answer(draw(TEXT)) | more)
+    extras = draw(st.dictionaries(st.sampled_from(["meta", "text", "input", "history", "output", "lang"]), VALUE, max_size=2))
+    return {"messages": turns} | extras
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@given(row=conversations(), target=st.sampled_from(FORMATS))
+def test_any_conversation_there_and_back(module, row, target):
+    try:
+        was, now, ledger = there_and_back(module, row, target)
+    except module.Reject:
+        return
+    assert differences(was, now) <= ledger
+    assert [turn["role"].replace("developer", "system") for turn in was["messages"]] == [
+        turn["role"].replace("developer", "system") for turn in now["messages"]
+    ]
+    assert was["id"] == now["id"]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    value=st.recursive(
+        VALUE | st.floats(allow_nan=False, allow_infinity=False),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    )
+)
+def test_any_json_without_duplicate_keys_is_parsed(module, value):
+    for text in (json.dumps(value), json.dumps(value, ensure_ascii=False, separators=(" ,", " : "), indent=1)):
+        assert module.parse(text) == value
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(raw=st.binary(max_size=60) | st.text(max_size=40).map(str.encode), form=st.sampled_from(FORMATS))
+def test_no_bytes_end_in_a_traceback(module, raw, form):
+    with pytest.raises(module.Reject):
+        module.convert(raw, form, "messages", "f")
+
+
+PLAIN_TEXT = st.sampled_from(["a", "b c", " ", "", "<b>", "你好"])
+OPENAI_TURN = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system", "tool"]), "content": PLAIN_TEXT})
+SHAREGPT_TURN = st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt", "system", "function_call"]), "value": PLAIN_TEXT})
+EXTRAS = {
+    key: st.sampled_from(["", "x", 1, None, []]) for key in ("id", "source", "system", "tools", "functions", "history", "meta", "input")
+}
+ROW = {
+    "openai": {"messages": st.lists(OPENAI_TURN, max_size=4) | st.just([user("a"), answer("b"), user("c"), answer("d")])},
+    "sharegpt": {
+        "conversations": st.lists(SHAREGPT_TURN, max_size=4) | st.just([{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}])
+    },
+    "alpaca": {"instruction": PLAIN_TEXT, "output": PLAIN_TEXT},
+}
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), form=st.sampled_from(sorted(ROW)))
+def test_the_cheap_road_reads_what_the_careful_one_reads(module, data, form):
+    row = data.draw(st.fixed_dictionaries(ROW[form], optional=EXTRAS))
+    quick = module.plain(row, form)
+    if quick is not None:
+        careful, notes = module.read(row, form)
+        assert quick == careful and not notes
+        module.check(careful["messages"])
+        module.check_values(careful)
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(data=st.data(), form=st.sampled_from(FORMATS), target=st.sampled_from(FORMATS))
+def test_no_shape_ends_in_a_traceback(module, data, form, target):
+    """Keys that the formats know, with any value in any place: converted or rejected, nothing else."""
+    keys = ["role", "from", "content", "value", "tool_calls", "function_call", "name", "id", "human", "assistant", "arguments", "function"]
+    words = st.sampled_from(
+        ["user", "assistant", "human", "gpt", "tool", "function_call", "{}", '[{"name": "f"}]', "", "<tool_call>{}</tool_call>"]
+    )
+    leaf = words | VALUE
+    inner = st.recursive(leaf, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(keys), x, max_size=4), max_leaves=12)
+    turns = st.lists(st.dictionaries(st.sampled_from(keys), inner, max_size=5), max_size=4) | inner
+    own = [*sorted(module.OWN[form]), "tools", "id", "source"]
+    row = data.draw(st.fixed_dictionaries({}, optional=dict.fromkeys(own, turns)))
+    try:
+        module.convert(json.dumps(row).encode(), form, target, "f")
+    except module.Reject:
+        return
+
+
+def write(path, lines):
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines) + "\n"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_rejects_and_losses_name_file_and_line(run_script, tmp_path):
+    source = write(tmp_path / "chats.jsonl", [{"messages": PLAIN}, "", BAD["empty answer"], LEGAL["weight and name"], "{broken"])
+    done = run_script(SCRIPT, "--input", source, "--to", "chatml", "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    rejected, losses, manifest = (tmp_path / "out" / name for name in ("rejected.jsonl", "losses.jsonl", "manifest.json"))
+    assert [(row["file"], row["line"], row["reason"]) for row in rows(rejected)] == [
+        (str(source), 3, "empty answer (messages[1])"),
+        (str(source), 5, rows(rejected)[1]["reason"]),
+    ]
+    assert rows(rejected)[1]["reason"].startswith("not JSON") and rows(rejected)[1]["raw"] == "{broken"
+    assert json.loads(rows(rejected)[0]["raw"]) == BAD["empty answer"]
+    assert {(row["line"], row["field"], row["value"]) for row in rows(losses)} == {
+        (4, "messages[0].name", "sam"),
+        (4, "messages[1].weight", 0),
+        (4, "messages[2].name", "kim"),
+        (4, "messages[3].weight", 1),
+    }
+    record = json.loads(manifest.read_text())
+    assert record["counts"] == {"records": 4, "kept": 2, "rejected": 2, "losses": 4}
+    assert record["metrics"]["rejected"] == {"empty answer": 1, "not JSON": 1}
+    assert record["metrics"]["losses"] == {"messages.name": 2, "messages.weight": 2}
+    assert record["metrics"]["turns"] == {"user": 3, "assistant": 3} and record["metrics"]["from"] == {"openai": 2}
+    assert record["inputs"][0]["sha256"] == __import__("hashlib").sha256(source.read_bytes()).hexdigest()
+    again = run_script(SCRIPT, "--input", source, "--to", "chatml", "--output", tmp_path / "out")
+    assert again.returncode == 0 and "up to date" in again.stderr
+    other = run_script(SCRIPT, "--input", source, "--to", "alpaca", "--output", tmp_path / "out")
+    assert other.returncode == 3 and "to was 'chatml'" in other.stderr
+
+
+@pytest.mark.parametrize(("rows_in", "word"), [([LEGAL["weight and name"]], "name is lost"), ([BAD["empty answer"]], "empty answer")])
+def test_strict_fails_on_the_first(run_script, tmp_path, rows_in, word):
+    source = write(tmp_path / "chats.jsonl", [{"messages": PLAIN}, *rows_in])
+    done = run_script(SCRIPT, "--input", source, "--to", "chatml", "--strict", "--output", tmp_path / "out")
+    assert done.returncode == 1 and word in done.stderr and f"{source} line 2" in done.stderr and "Traceback" not in done.stderr
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name != ".begun.json"]
+
+
+def containers(folder, table):
+    """Write the same rows in every kind of file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table).encode()
+    array = json.dumps(table, indent=2).encode()
+    cells = "messages,id\r\n" + "".join(f'"{json.dumps(row["messages"]).replace(chr(34), chr(34) * 2)}",{row["id"]}\r\n' for row in table)
+    (folder / "a.jsonl").write_bytes(lines)
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines[:40]) + gzip.compress(lines[40:]))
+    (folder / "c.jsonl.zst").write_bytes(zstandard.compress(lines[:40]) + zstandard.compress(lines[40:]))
+    (folder / "d.json").write_bytes(b"\xef\xbb\xbf" + array)
+    (folder / "e.json.zst").write_bytes(zstandard.compress(array))
+    (folder / "f.csv").write_text(cells, encoding="utf-8-sig", newline="")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), folder / "g.parquet")
+    (folder / "notes.md").write_text("no records")
+
+
+def test_every_container_gives_the_same_rows(run_script, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    table = [{"messages": LEGAL["weight and name"]["messages"], "id": "一"}, {"messages": LEGAL["call"]["messages"], "id": "二"}]
+    containers(folder, table)
+    done = run_script(SCRIPT, "--input", folder, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "notes.md: left out" in done.stderr
+    written = rows(tmp_path / "out" / "data.jsonl")
+    assert len(written) == 2 * 7 and not (tmp_path / "out" / "rejected.jsonl").read_text()
+    for file in sorted(folder.glob("[a-g].*")):
+        mine = [row for row in written if row["source"] == file.name]
+        assert [row["id"] for row in mine] == ["一", "二"]
+        assert [row["messages"] for row in mine] == [row["messages"] for row in table]
+    chained = run_script(SCRIPT, "--input", tmp_path / "out", "--from", "messages", "--to", "openai", "--output", tmp_path / "next")
+    assert chained.returncode == 0 and rows(tmp_path / "next" / "data.jsonl") == written, "a stage's folder is read, without its ledgers"
+
+
+def test_text_file_of_chatml(run_script, tmp_path):
+    one = "<|im_start|>user\na\n\nb<|im_end|>\n<|im_start|>assistant\nc<|im_end|>\n"
+    (tmp_path / "chats.txt").write_text(f"\n{one}\n{one}<|endoftext|>\n{one}\n\n<|im_start|>user\nnot closed\n", encoding="utf-8")
+    done = run_script(SCRIPT, "--input", tmp_path / "chats.txt", "--output", "-")
+    assert done.returncode == 0
+    assert [json.loads(line)["messages"] for line in done.stdout.splitlines()] == [[user("a\n\nb"), answer("c")]] * 3
+    reject = next(json.loads(line) for line in done.stderr.splitlines() if line.startswith("{"))
+    assert reject["line"] == 24 and reject["reason"].startswith("text outside of a turn")
+
+
+def test_stdin_to_stdout(run_script, tmp_path):
+    lines = "\n".join(json.dumps(row) for row in ({"messages": PLAIN}, BAD["no assistant turn"])) + "\n"
+    done = run_script(SCRIPT, "--input", "-", "--to", "alpaca", "--output", "-", input=lines, cwd=tmp_path)
+    assert done.returncode == 0 and not list(tmp_path.iterdir())
+    assert [json.loads(line)["output"] for line in done.stdout.splitlines()] == ["answer"]
+    assert json.loads(done.stdout)["source"] == "stdin"
+    assert any(line.startswith('{"file": "-", "line": 2, "reason": "no assistant turn"') for line in done.stderr.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "code", "words"),
+    [
+        ("empty.jsonl", b"", 1, "holds no records"),
+        ("binary.jsonl", b"\x7fELF\x00\x01", 1, "it is binary"),
+        ("cut.jsonl.gz", gzip.compress(b'{"messages": []}\n' * 500)[:40], 1, "cut.jsonl.gz"),
+        ("noise.jsonl.zst", b"no zstd at all", 1, "noise.jsonl.zst"),
+        ("noise.parquet", b"no parquet at all", 1, "noise.parquet"),
+        ("array.json", b'[{"instruction": "a", "output": "b"},\n{"instruction": "a" "output": "b"}]', 1, "line 2"),
+        ("cut.json", b'[{"instruction": "a", "output": "b"},\n{"instruction": "a', 1, "line 2"),
+        ("foreign.jsonl", b'{"prompt": "a", "response": "b"}\n', 3, "'prompt', 'response'; name the format with --from"),
+        ("mixed.jsonl", b'{"messages": []}\n{"instruction": "a", "output": "b"}\n', 3, "1 look like"),
+        ("both.jsonl", b'{"messages": [], "instruction": "a", "output": "b"}\n', 3, "none is known"),
+    ],
+)
+def test_a_bad_file_ends_in_one_sentence(run_script, tmp_path, name, content, code, words):
+    (tmp_path / name).write_bytes(content)
+    done = run_script(SCRIPT, "--input", tmp_path / name, "--output", tmp_path / "out")
+    assert done.returncode == code and words in done.stderr and name in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 2
+    assert not list((tmp_path / "out").glob("[!.]*")) if (tmp_path / "out").exists() else True
+
+
+def test_missing_file_and_folder_without_records(run_script, tmp_path):
+    (tmp_path / "void").mkdir()
+    for path in ("void", "missing.jsonl"):
+        done = run_script(SCRIPT, "--input", tmp_path / path, "--output", tmp_path / "out")
+        assert done.returncode == 1 and path in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_ragged_csv_is_rejected_line_by_line(run_script, tmp_path):
+    (tmp_path / "a.csv").write_text('instruction,input,output\r\n"a\r\nb",,c\r\nd,e,f,g\r\nh,,\r\n', newline="")
+    done = run_script(SCRIPT, "--input", tmp_path / "a.csv", "--from", "alpaca", "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert [row["messages"][0]["content"] for row in rows(tmp_path / "out" / "data.jsonl")] == ["a\r\nb"]
+    rejected = [(row["line"], row["reason"]) for row in rows(tmp_path / "out" / "rejected.jsonl")]
+    assert rejected == [(4, "more cells than columns"), (5, "empty answer (messages[1])")]
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """60 MB of rows as one JSON array: many times the memory that the program may take for it."""
+    path = tmp_path_factory.mktemp("large") / "large.json"
+    text = json.dumps({"messages": [user("x" * 1500), answer("答" * 500)]}, ensure_ascii=False)
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("[\n" + ",\n".join([text] * 19_000) + "\n]\n")
+    return path
+
+
+def test_memory_does_not_grow_with_the_input(large, tmp_path):
+    command = [
+        sys.executable,
+        "-I",
+        str(ROOT / "scripts" / SCRIPT),
+        "--input",
+        str(large),
+        "--to",
+        "sharegpt",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    # the shell between: a process forked from this one would count pytest's own memory as its peak
+    subprocess.run(["sh", "-c", '"$@"; exit $?', "-", *command], check=True, capture_output=True, env=clean_environment())
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["counts"]["kept"] == 19_000 and large.stat().st_size > 55e6
+    assert manifest["peak_rss_bytes"] < 80 * 2**20
+
+
+def test_kill_and_run_again(large, tmp_path):
+    command = [sys.executable, "-I", str(ROOT / "scripts" / SCRIPT), "--input", str(large), "--output", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=clean_environment())
+    part = tmp_path / "out" / ".data.jsonl.tmp"
+    while process.poll() is None and not (part.exists() and part.stat().st_size > 2**20):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (tmp_path / "out" / "data.jsonl").exists()
+    subprocess.run(command, check=True, capture_output=True, env=clean_environment())
+    with open(tmp_path / "out" / "data.jsonl", encoding="utf-8") as file:
+        assert sum(1 for _ in file) == 19_000
+    assert not part.exists() and (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_the_committed_sample(run_script, tmp_path):
+    """The demo's input: four formats, five bad rows on purpose, and only the border of Alpaca's input is lost."""
+    done = run_script(SCRIPT, "--config", ROOT / "recipes" / "demo" / "sft-data.yaml", "--output", tmp_path / "out", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert set(manifest["metrics"]["from"]) == {"alpaca", "openai", "sharegpt", "chatml"}
+    assert sum(manifest["metrics"]["rejected"].values()) == 5 == len(manifest["metrics"]["rejected"])
+    assert set(manifest["metrics"]["losses"]) == {"messages.input"}
+    data = rows(tmp_path / "out" / "data.jsonl")
+    assert len({row["id"] for row in data}) == len(data) > 300
+    for row in data:
+        question = next(turn["content"] for turn in row["messages"] if turn["role"] == "user")
+        if not question.startswith("Records:\n"):
+            continue
+        records, _, asked = question.partition("\n\nQuestion:\n")
+        given = [line[1 : line.index("]")] for line in records.splitlines()[1:]]
+        cited = [word.split("]")[0] for word in row["messages"][2]["content"].split("[")[1:] if word[:1] == "E"]
+        assert asked and set(cited) <= set(given), row["id"]
+        absent = "not in the knowledge base" in row["messages"][2]["content"] or "知识库中没有" in row["messages"][2]["content"]
+        assert bool(cited) != absent
+        chinese = [any("\u4e00" <= letter <= "\u9fff" for letter in text) for text in (asked, row["messages"][2]["content"])]
+        assert chinese[0] == chinese[1], row["id"]
