@@ -1,0 +1,902 @@
+#!/usr/bin/env -S uv run --script
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["ai2-olmo==0.6.0", "pyyaml>=6", "tokenizers>=0.22", "torch>=2.6", "torchmetrics>=1.4", "tqdm>=4.66", "transformers>=4.57"]
+# ///
+"""Convert an OLMo checkpoint to a Hugging Face folder, and prove that both give the same logits.
+
+Usage:
+    python scripts/convert_olmo_to_hf.py --input runs/step1000-unsharded --tokenizer tokenizer.json --output models/mine
+    make convert RECIPE=demo
+
+Reads   an ai2-olmo checkpoint (config.yaml with model.pt or model.safetensors; OLMo-1 or OLMo-2 style), or a run's folder of
+        stepN-unsharded checkpoints; tokenizer.json or a folder that holds one.
+Writes  OUTPUT/model-0000k-of-0000n.safetensors and index, config.json, generation_config.json, the tokenizer's files, README.md
+        (model card), then OUTPUT/manifest.json, last. Until the comparison is passed all of it stands in OUTPUT/.unverified/.
+Exit    0 done or up to date; 1 failed: OUTPUT holds nothing new; 2 bad usage; 3 refused, OUTPUT holds another run.
+Needs   CPU only, no network. Writing takes some 330 MB of memory whatever the model's size; the comparison holds the model twice,
+        in float32: --skip-validation leaves it out.
+"""
+
+import argparse
+import base64
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+import json
+import logging
+import math
+import os
+import pickle
+import platform
+import re
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+import threading
+import time
+import warnings
+import zipfile
+from collections import Counter, namedtuple
+from pathlib import Path
+
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # torch's word -> safetensors' word
+PIECE = 32 * 2**20  # bytes in memory at a time
+BOUND = 1e-5  # of the largest |logit|; 0 was seen for every family, another machine's kernels may round otherwise
+PADDING = 512  # a vocabulary may be larger than its tokenizer by less than this: padded for speed
+ROW = 512  # tokens in a compared row
+PROMPT = "The purpose of this document is to"
+SAMPLES = (
+    "The quick brown fox jumps over the lazy dog. It's 3.14159 (or so), isn't it?",
+    "def add(a, b):\n    return a + b  # tabs\tand   spaces\n\n",
+    "道可道，非常道。名可名，非常名。無名天地之始；有名萬物之母。",
+    "Ünïcödé: naïve café, Ελληνικά, русский, 日本語, 한국어, עברית, 🙂👩‍👩‍👧‍👦",
+    "  leading, trailing and double  spaces  ",
+    "https://example.org/a?b=c&d=e#f user@example.org 1,234,567.89 <b>html</b> {json: [1, 2]}",
+)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+# The settings that decide the arithmetic, with the values that ai2-olmo 0.6.0 takes where an older config.yaml has no such key
+MODEL_DEFAULTS = {
+    "d_model": 768,
+    "n_layers": 12,
+    "n_heads": 12,
+    "n_kv_heads": None,
+    "multi_query_attention": None,
+    "mlp_ratio": 4,
+    "mlp_hidden_size": None,
+    "activation_type": "swiglu",
+    "block_type": "sequential",
+    "block_group_size": 1,
+    "alibi": False,
+    "rope": False,
+    "rope_theta": 10_000,
+    "clip_qkv": None,
+    "attention_layer_norm": False,
+    "attention_layer_norm_with_affine": True,
+    "embedding_layer_norm": False,
+    "layer_norm_type": "default",
+    "layer_norm_with_affine": True,
+    "layer_norm_eps": 1e-5,
+    "norm_after": False,
+    "include_bias": True,
+    "bias_for_layer_norm": None,
+    "scale_logits": False,
+    "max_sequence_length": 1024,
+    "vocab_size": 50257,
+    "embedding_size": 50304,
+    "weight_tying": True,
+    "eos_token_id": 50256,
+    "pad_token_id": 50256,
+}
+
+Part = namedtuple("Part", "target source start stop shape")  # rows start:stop of tensor `source` of `shape` become tensor `target`
+
+
+# >>> snippet: config_argv
+def config_argv(parser, argv):
+    """Expand `--config FILE.yaml` into flags placed before argv: argparse checks them and the command line wins."""
+    at = next((i for i, word in enumerate(argv) if word.split("=")[0] == "--config"), None)
+    path = "" if at is None else argv[at].partition("=")[2] or " ".join(argv[at + 1 : at + 2])
+    if not path:
+        return argv
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        unknown = [key for key in recipe if f"--{key}" not in parser._option_string_actions]
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        parser.error(f"{path}: not a recipe (flat `flag: value` lines): {' '.join(str(error).split())}")
+    if unknown:
+        parser.error(f"{path}: unknown key {unknown[0]!r}; --help lists the keys, without their dashes")
+    flags = [[f"--{k}", *map(str, v)] for k, v in recipe.items() if isinstance(v, list)]
+    flags += [[f"--{k}" if v else f"--no-{k}"] for k, v in recipe.items() if isinstance(v, bool)]
+    flags += [[f"--{k}={v}"] for k, v in recipe.items() if v is not None and not isinstance(v, (list, bool))]
+    return [word for flag in flags for word in flag] + [f"--config={path}"] + argv
+
+
+# <<<
+
+
+# >>> snippet: write_atomic
+@contextlib.contextmanager
+def write_atomic(path, mode="wb"):
+    """Yield a file that takes the place of `path`, fsynced, when the block ends well; else `path` stays as it was."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# <<<
+
+
+# >>> snippet: stage_run
+class Run:
+    """One run of a stage: exits 0 when OUTPUT holds it already, 3 when it holds something else; the manifest comes last."""
+
+    def __init__(self, stage, args, inputs, ignore=()):
+        """`inputs`: files and folders that decide the result; `ignore`: names of settings that do not."""
+        self.output, self.start, self.digests = Path(args.output), time.time(), {}
+        skip = {"config", "output", "overwrite", *ignore}
+        found = [f for p in map(Path, inputs) for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]
+        files = [(str(f), f.stat()) for f in found if f.name != "manifest.json" and not f.name.startswith(".")]
+        self.record = {"schema_version": 1, "stage": stage, "argv": sys.argv}
+        self.record["settings"] = json.loads(json.dumps({k: v for k, v in vars(args).items() if k not in skip}, default=str))
+        self.record["inputs"] = [{"path": p, "bytes": s.st_size, "mtime_ns": s.st_mtime_ns} for p, s in files]
+        done, begun = self.output / "manifest.json", self.output / ".begun.json"
+        held = next((p for p in (done, begun) if p.exists()), None)
+        difference = held and self.difference(json.loads(held.read_text(encoding="utf-8")))
+        if held == done and not difference:
+            os.utime(done)
+            sys.exit(print(f"{stage}: up to date, {self.output}", file=sys.stderr))
+        foreign = held is None and self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir()))
+        if foreign or (difference and not args.overwrite):
+            why = f"another run ({difference}); --overwrite puts it aside" if difference else "something that no stage wrote"
+            print(f"{stage}: {self.output} holds {why}, or name another folder", file=sys.stderr)
+            sys.exit(3)
+        if difference:
+            aside = f"{self.output}.old-{time.strftime('%Y%m%d-%H%M%S', time.localtime(held.stat().st_mtime))}"
+            os.replace(self.output, aside)
+            print(f"{stage}: {difference}; the old run is now {aside}", file=sys.stderr)
+        with write_atomic(begun, "w") as file:
+            json.dump(self.record, file, ensure_ascii=False)
+
+    def sha256(self, path):
+        """Return a file's SHA-256: the one noted in `digests` while the file was streamed, or else read now."""
+        if str(path) not in self.digests:
+            with open(path, "rb") as file:
+                self.digests[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
+        return self.digests[str(path)]
+
+    def difference(self, old):
+        """Name the first difference between a recorded run and this one; "" when there is none."""
+        for key in sorted(old["settings"].keys() | self.record["settings"].keys()):
+            was, now = (record["settings"].get(key) for record in (old, self.record))
+            if was != now:
+                return f"{key} was {was!r}, is {now!r}"
+        was, now = ({entry["path"]: entry for entry in record["inputs"]} for record in (old, self.record))
+        for path in sorted(was.keys() | now.keys()):
+            a, b = was.get(path), now.get(path)
+            if not (a and b and a["bytes"] == b["bytes"] and (a["mtime_ns"] == b["mtime_ns"] or a.get("sha256") == self.sha256(path))):
+                return f"input {path} changed"
+        return ""
+
+    def finish(self, summary, counts, metrics=None, records=None, packages=()):
+        """Write the manifest. `summary`: the stage's figure in a few words; `records`: record counts by file name;
+        `packages`: those used by child processes; those imported here are found."""
+
+        def entry(path):
+            return {"path": str(path), "bytes": path.stat().st_size, "sha256": self.sha256(path), "records": (records or {}).get(path.name)}
+
+        git = [
+            subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True, text=True).stdout.strip()
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+            if shutil.which("git")
+        ]
+        versions, torch, patches = {}, sys.modules.get("torch"), Path(sys.prefix, "applied-patches.json")
+        for name in {*packages, *(module.partition(".")[0] for module in sys.modules)} - sys.stdlib_module_names:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                versions[name] = importlib.metadata.version(name)
+        written = [f for f in sorted(self.output.rglob("*")) if f.is_file() and f.name != "manifest.json"]
+        written = [f for f in written if not any(part.startswith(".") for part in f.relative_to(self.output).parts)]
+        usage = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        hardware = {"machine": platform.machine(), "cpus": os.cpu_count(), "memory_bytes": memory}
+        hardware["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
+        self.record["inputs"] = [old | entry(Path(old["path"])) for old in self.record["inputs"]]
+        self.record |= {"outputs": [entry(f) for f in written], "summary": summary, "counts": counts, "metrics": metrics or {}}
+        self.record |= {"packages": versions, "patches": sorted(json.loads(patches.read_text())) if patches.exists() else []}
+        self.record |= {"git": {"commit": git[0] if git else "", "dirty": bool(git and git[1])}, "hardware": hardware}
+        self.record["seconds"] = round(time.time() - self.start, 3)
+        self.record["peak_rss_bytes"] = 1024 * max(usage)
+        with write_atomic(self.output / "manifest.json", "w") as file:
+            json.dump(self.record, file, ensure_ascii=False, indent=1)
+        (self.output / ".begun.json").unlink()
+        print(f"{self.record['stage']}: {summary}; {self.output}", file=sys.stderr)
+
+
+def run_main(main):
+    """Leave with main()'s exit code; an interrupt or a failing disk ends in one sentence, not in a traceback."""
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error.filename or 'output'}: {error.strerror or error}; mend that and run it again")
+
+
+# <<<
+
+
+def fail(message):
+    """Leave with exit code 1 and one sentence."""
+    raise SystemExit(f"convert_olmo_to_hf: {message}")
+
+
+def size(text):
+    """Return the bytes that "4GB", "500MB", "2GiB" or "1000000" mean (decimal units, as transformers has them, and binary ones)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kMGT])(i?))?B?", text.strip(), re.I)
+    if not match or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 4GB, 500MB or a number of bytes")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** (" kmgt".index(unit.lower()) if unit else 0))
+
+
+def step(text):
+    """Return "latest" or the number of a step."""
+    if text != "latest" and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 'latest' nor the number of a step")
+    return text if text == "latest" else int(text)
+
+
+def check_settings(model, where):
+    """Return the settings that matter, defaults filled in; SystemExit names one that no Hugging Face class can express.
+
+    Olmo is pre-norm without norm parameters and with eps 1e-5; Olmo2 is post-norm, RMS, with affine weights and QK-norm.
+    """
+    model = MODEL_DEFAULTS | {key: value for key, value in model.items() if key in MODEL_DEFAULTS}
+    for key, default in MODEL_DEFAULTS.items():
+        optional = (bool, type(None)) if default is None or key == "embedding_size" else ()
+        if (optional or type(default) in (int, float)) and type(model[key]) not in (int, float, *optional):
+            fail(f"{where}: model.{key} is {model[key]!r}, not a number; mend the file or take the one that was saved with the weights")
+    for key in ("d_model", "n_layers", "n_heads", "max_sequence_length", "vocab_size"):
+        if model[key] < 1:
+            fail(f"{where}: model.{key} is {model[key]!r}; it must be at least 1")
+    kv_heads = model["n_kv_heads"] or (1 if model["multi_query_attention"] else model["n_heads"])
+    if model["d_model"] % model["n_heads"] or model["n_heads"] % kv_heads:
+        fail(f"{where}: {model['d_model']} dimensions, {model['n_heads']} heads and {kv_heads} key-value heads do not divide evenly")
+    olmo2, rms = model["norm_after"], model["layer_norm_type"] == "rms"
+    affine, qk_norm, qk_affine = (
+        model[key] for key in ("layer_norm_with_affine", "attention_layer_norm", "attention_layer_norm_with_affine")
+    )
+    norm_bias = model["include_bias"] if model["bias_for_layer_norm"] is None else model["bias_for_layer_norm"]
+    unsupported = {
+        "alibi: true": model["alibi"],
+        "rope: false": not model["rope"],
+        "include_bias: true": model["include_bias"],
+        "bias_for_layer_norm: true": norm_bias and (affine or qk_norm),
+        f"activation_type: {model['activation_type']}": model["activation_type"] != "swiglu",
+        f"block_type: {model['block_type']}": model["block_type"] != "sequential",
+        f"block_group_size: {model['block_group_size']}": model["block_group_size"] != 1,
+        "embedding_layer_norm: true": model["embedding_layer_norm"],
+        "scale_logits: true": model["scale_logits"],
+        "norm_after without RMS norms with weights and attention_layer_norm": olmo2 and not (rms and affine and qk_norm and qk_affine),
+        "norm_after with clip_qkv": olmo2 and model["clip_qkv"],
+        "RMS, affine or QK norms without norm_after": not olmo2 and (rms or affine or qk_norm),
+        f"layer_norm_eps: {model['layer_norm_eps']} without norm_after": not olmo2 and float(model["layer_norm_eps"]) != 1e-5,
+    }
+    for name, found in unsupported.items():
+        if found:
+            fail(f"{where}: `{name}`: no Hugging Face class computes that; such a model needs ai2-olmo itself to run")
+    filled = {"n_kv_heads": kv_heads, "embedding_size": model["embedding_size"] or model["vocab_size"]}
+    return model | filled | {"mlp_hidden_size": model["mlp_hidden_size"] or model["mlp_ratio"] * model["d_model"]}
+
+
+def plan_tensors(model, vocab="keep"):
+    """Return the Parts of all Hugging Face tensors, in the order of the layers, for `model` as check_settings() returns it.
+
+    The map is that of ai2-olmo's own converter, checked against the logits; `vocab`: "trim" drops the rows that pad the vocabulary.
+    """
+    width, rows = model["d_model"], model["embedding_size"]
+    kept = model["vocab_size"] if vocab == "trim" else rows
+    kv = width // model["n_heads"] * model["n_kv_heads"]
+    inner = model["mlp_hidden_size"] // 2  # of which one half is the gate
+    block = {  # source: (columns, its rows in order)
+        "att_proj": ([width], {"self_attn.q_proj": width, "self_attn.k_proj": kv, "self_attn.v_proj": kv}),
+        "attn_out": ([width], {"self_attn.o_proj": width}),
+        "ff_proj": ([width], {"mlp.up_proj": inner, "mlp.gate_proj": inner}),  # SwiGLU takes the second half as the gate
+        "ff_out": ([inner], {"mlp.down_proj": width}),
+    }
+    if model["norm_after"]:
+        block |= {"q_norm": ([], {"self_attn.q_norm": width}), "k_norm": ([], {"self_attn.k_norm": kv})}
+        block |= {"attn_norm": ([], {"post_attention_layernorm": width}), "ff_norm": ([], {"post_feedforward_layernorm": width})}
+    parts = [Part("model.embed_tokens.weight", "transformer.wte.weight", 0, kept, (rows, width))]
+    for layer in range(model["n_layers"]):
+        for source, (columns, targets) in block.items():
+            start = 0
+            for target, height in targets.items():
+                name, shape = f"transformer.blocks.{layer}.{source}.weight", (sum(targets.values()), *columns)
+                parts.append(Part(f"model.layers.{layer}.{target}.weight", name, start, start + height, shape))
+                start += height
+    if model["norm_after"]:
+        parts.append(Part("model.norm.weight", "transformer.ln_f.weight", 0, width, (width,)))
+    if not model["weight_tying"]:
+        parts.append(Part("lm_head.weight", "transformer.ff_out.weight", 0, kept, (rows, width)))
+    return parts
+
+
+def hf_config(model, rows, dtype):
+    """Return config.json. Rope and dtype stand under their old and new names: transformers 4 reads the one, 5 the other."""
+    theta = float(model["rope_theta"])
+    own = {"rms_norm_eps": float(model["layer_norm_eps"])} if model["norm_after"] else {"clip_qkv": model["clip_qkv"]}
+    return {
+        "architectures": ["Olmo2ForCausalLM" if model["norm_after"] else "OlmoForCausalLM"],
+        "model_type": "olmo2" if model["norm_after"] else "olmo",
+        "vocab_size": rows,
+        "hidden_size": model["d_model"],
+        "intermediate_size": model["mlp_hidden_size"] // 2,
+        "num_hidden_layers": model["n_layers"],
+        "num_attention_heads": model["n_heads"],
+        "num_key_value_heads": model["n_kv_heads"],
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "max_position_embeddings": model["max_sequence_length"],
+        "rope_theta": theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "tie_word_embeddings": bool(model["weight_tying"]),
+        "bos_token_id": None,
+        "eos_token_id": model["eos_token_id"],
+        "pad_token_id": model["pad_token_id"],
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    } | own
+
+
+def check_tensors(parts, tensors, where):
+    """Compare the checkpoint's tensors with the plan; SystemExit names those missing, left over, or of another shape or type."""
+    wanted = {part.source: part.shape for part in parts}
+    for names, what in ((wanted.keys() - tensors.keys(), "lacks"), (tensors.keys() - wanted.keys(), "holds the unknown")):
+        if names:
+            first, more = sorted(names)[0], f" and {len(names) - 1} more" if len(names) > 1 else ""
+            fail(f"{where} {what} tensor {first}{more}; config.yaml and the weights are not of the same model")
+    for name, shape in wanted.items():
+        if tuple(tensors[name].shape) != shape:
+            fail(f"{where}: {name} is {tuple(tensors[name].shape)}, but config.yaml makes it {shape}; they are not of the same model")
+        if dtype_name(tensors[name].dtype) not in DTYPES:
+            fail(f"{where}: {name} is {tensors[name].dtype}; only {', '.join(DTYPES)} can be converted")
+
+
+def plan_shards(parts, sizes, limit):
+    """Split `parts` into lists of at most `limit` bytes each (a larger tensor stands alone); `sizes`: bytes by target."""
+    shards, filled = [[]], 0
+    for part in parts:
+        if shards[-1] and filled + sizes[part.target] > limit:
+            shards, filled = [*shards, []], 0
+        shards[-1].append(part)
+        filled += sizes[part.target]
+    return shards
+
+
+def dtype_name(dtype):
+    """Return "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def count(part):
+    """Return the numbers in a part."""
+    return math.prod((part.stop - part.start, *part.shape[1:]))
+
+
+def shard_names(number):
+    """Return the file names that transformers gives to `number` shards."""
+    return ["model.safetensors"] if number == 1 else [f"model-{k:05d}-of-{number:05d}.safetensors" for k in range(1, number + 1)]
+
+
+def fault(folder):
+    """Return what keeps a folder from being a whole unsharded checkpoint, or "" ."""
+    weights = weights_of(folder)
+    if not (folder / "config.yaml").is_file():
+        return "config.yaml is missing"
+    if not weights.is_file():
+        return "neither model.pt nor model.safetensors is there"
+    return "" if weights.suffix != ".pt" or zipfile.is_zipfile(weights) else f"{weights.name} is cut short or no torch file"
+
+
+def weights_of(folder):
+    """Return the path of the weights in a checkpoint folder; it may not exist."""
+    return folder / ("model.pt" if (folder / "model.pt").exists() else "model.safetensors")
+
+
+def find_checkpoint(root, wanted):
+    """Return the checkpoint folder: `root` itself, or step `wanted` ("latest" or a number) of the run whose folder it is.
+
+    Of a run, steps that are not whole are passed over with a word. SystemExit says what a folder of another shape looks like.
+    """
+    if not root.is_dir():
+        fail(f"{root}: {'a file' if root.exists() else 'no such folder'}; name the folder that holds config.yaml and model.pt")
+    names = {path.name for path in root.iterdir()}
+    steps = {int(match[1]): root / name for name in names if (match := re.fullmatch(r"step(\d+)-unsharded", name))}
+    if steps and not names & {"model.pt", "model.safetensors"}:
+        faults = {number: fault(folder) for number, folder in sorted(steps.items(), reverse=True) if wanted in ("latest", number)}
+        whole = next((number for number, why in faults.items() if not why), None)
+        for number, why in faults.items():
+            if why and (whole is None or number > whole):
+                print(f"convert_olmo_to_hf: {steps[number]} is not whole: {why}", file=sys.stderr)
+        if whole is None:
+            fail(f"{root}: no whole checkpoint{'' if wanted == 'latest' else f' of step {wanted}'}; steps there: {sorted(steps)}")
+        return steps[whole]
+    if not (why := fault(root)):
+        return root
+    shapes = {
+        "it is a Hugging Face folder already, and needs no conversion": "config.json" in names and any("safetensors" in n for n in names),
+        "it is a sharded checkpoint; save it unsharded (stepN-unsharded)": names & {"model_and_optim", ".metadata", "model", "rank0.pt"},
+        "it holds sharded checkpoints only; save one unsharded": any(re.fullmatch(r"step\d+", name) for name in names),
+        "it holds token memory maps, not a checkpoint": any(name.endswith(".npy") for name in names),
+        "it is empty": not names,
+    }
+    remedy = "name a folder with config.yaml and model.pt, or with stepN-unsharded folders"
+    looks = next((what for what, so in shapes.items() if so), remedy)
+    fail(f"{root}: not an OLMo checkpoint: {why}; {looks}")
+
+
+def read_settings(path):
+    """Return the `model` block of a checkpoint's config.yaml, checked."""
+    import yaml
+
+    try:
+        model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
+        if not isinstance(model, dict):
+            raise TypeError("`model` is not a block of settings")
+    except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        fail(f"{path}: no settings of an OLMo model ({' '.join(str(error).split())}); take the file that was saved with the weights")
+    return check_settings(model, path)
+
+
+class NoGlobals(pickle.Unpickler):
+    """Reads tuples, strings and flags; whatever would import something, and so could run code, is an error."""
+
+    def find_class(self, module, name):
+        raise ImportError(f"GLOBAL {module}.{name}")
+
+
+def decode_key(key):
+    """Return a tensor's name from a key of ai2-olmo's model.safetensors: base64 of a pickled ((name,), False), or the plain name."""
+    try:
+        names, pickled = NoGlobals(io.BytesIO(base64.b64decode(key, altchars=b"-_", validate=True))).load()
+    except (ValueError, TypeError, EOFError, IndexError, KeyError, AttributeError, pickle.UnpicklingError):
+        return key
+    return f"{'.'.join(map(str, names))} (pickled)" if pickled else ".".join(map(str, names))
+
+
+def map_safetensors(path):
+    """Return {name: tensor} of a safetensors file, mapped, not read. Format: length of header, header in JSON, bytes."""
+    import torch
+
+    dtypes = {word: getattr(torch, name) for name, word in DTYPES.items()}
+    total = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(length, total)))
+    header.pop("__metadata__", None)
+    if 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0) > total:
+        raise ValueError("it is cut short")
+    storage, tensors = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=total), {}
+    for key, entry in header.items():
+        dtype = dtypes.get(entry["dtype"], torch.uint8)
+        shape = entry["shape"] if dtype != torch.uint8 else [entry["data_offsets"][1] - entry["data_offsets"][0]]
+        start, misaligned = divmod(8 + length + entry["data_offsets"][0], dtype.itemsize)
+        if misaligned:
+            raise ValueError(f"{key} is not aligned")
+        tensors[decode_key(key)] = torch.empty(0, dtype=dtype).set_(storage, start, shape)
+    return tensors
+
+
+def map_tensors(path):
+    """Return {name: tensor} of model.pt or model.safetensors, mapped, not read; no code in the file is run."""
+    import torch
+
+    try:
+        plain = path.suffix == ".safetensors"
+        tensors = map_safetensors(path) if plain else torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (pickle.UnpicklingError, ImportError) as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        fail(f"{path}: it asks for {code[1] if code else 'code'} to be run; nothing was run, do not trust this file")
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+        fail(f"{path}: not a whole file of weights ({str(error).splitlines()[0]}); copy it again or take another step")
+    odd = [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)] if isinstance(tensors, dict) else ["all of it"]
+    if odd:
+        fail(f"{path}: {odd[0]} is not a tensor: this is not the state of an OLMo model (optim.pt and train.pt are other things)")
+    return tensors
+
+
+def release(tensor):
+    """Give a mapped tensor's whole pages back to the system: they count as resident, and need not stay after use."""
+    import ctypes
+
+    page, start = os.sysconf("SC_PAGE_SIZE"), tensor.data_ptr()
+    first, last = -(-start // page) * page, (start + tensor.numel() * tensor.element_size()) // page * page
+    if last > first:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), 4)  # MADV_DONTNEED
+
+
+def write_shard(path, parts, tensors, dtypes, bar):
+    """Write one safetensors file in pieces of 32 MB and return its SHA-256; NaN, infinity and overflow end in SystemExit."""
+    import torch
+
+    header, offset, digest = {"__metadata__": {"format": "pt"}}, 0, hashlib.sha256()
+    for part in parts:
+        end = offset + dtypes[part.source].itemsize * count(part)
+        word, shape = DTYPES[dtype_name(dtypes[part.source])], [part.stop - part.start, *part.shape[1:]]
+        header[part.target] = {"dtype": word, "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with write_atomic(path) as file:
+
+        def put(data):
+            file.write(data)
+            digest.update(data)
+            bar.update(len(data))
+
+        put(struct.pack("<Q", len(text)) + text)
+        for part in parts:
+            rows = tensors[part.source][part.start : part.stop]
+            for piece in rows.split(max(1, PIECE // (rows[0].numel() * rows.element_size()))):
+                out = piece.to(dtypes[part.source]).contiguous()
+                if not all(map(math.isfinite, out.aminmax())):
+                    if all(map(math.isfinite, piece.aminmax())):
+                        fail(f"{part.source} has numbers too large for {dtype_name(out.dtype)}; use --dtype keep")
+                    fail(f"{part.source} holds NaN or infinity: training had diverged; take an earlier step")
+                put(out.view(torch.uint8).reshape(-1).numpy())
+                release(piece)
+    return digest.hexdigest()
+
+
+def write_model(folder, parts, tensors, dtypes, limit):
+    """Write the shards that are not there yet, and the index; return ({file name: sha256} of those written, counts)."""
+    from tqdm import tqdm
+
+    sizes = {part.target: dtypes[part.source].itemsize * count(part) for part in parts}
+    shards, digests, total = plan_shards(parts, sizes, limit), {}, sum(sizes.values())
+    names = shard_names(len(shards))
+    with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=not sys.stderr.isatty()) as bar:
+        for name, shard in zip(names, shards, strict=True):
+            if not (folder / name).exists():  # each appears whole: a killed run goes on behind the last one
+                digests[name] = write_shard(folder / name, shard, tensors, dtypes, bar)
+    if len(names) > 1:
+        weight_map = {part.target: name for name, shard in zip(names, shards, strict=True) for part in shard}
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return digests, {"tensors": len(parts), "parameters": sum(map(count, parts)), "shards": len(shards), "bytes": total}
+
+
+def write_json(path, value):
+    with write_atomic(path, "w") as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def tokenizer_paths(path):
+    """Return the tokenizer's files: tokenizer.json itself, or those of a folder."""
+    paths = [path] if path.is_file() else [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
+    if not paths or (path.is_dir() and paths[0].name != "tokenizer.json"):
+        fail(f"{path}: no tokenizer.json there; --tokenizer takes that file or the folder that holds it")
+    return paths
+
+
+def read_tokenizer(paths, model, rows):
+    """Return (tokenizers.Tokenizer, {file name: bytes for the output folder}), or leave when the tokenizer is not the model's.
+
+    Files keep their bytes. tokenizer_config.json changes only where its class would reload with other ids, or where it does not
+    name the checkpoint's stop and padding tokens.
+    """
+    from tokenizers import Tokenizer
+
+    files = {"tokenizer.json" if path == paths[0] else path.name: path.read_bytes() for path in paths}
+    where = paths[0]
+    try:
+        tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
+        text = files.get("tokenizer_config.json", b"{}").decode("utf-8")
+        config = json.loads(text)
+        if not isinstance(config, dict):
+            raise TypeError("tokenizer_config.json is no JSON object")
+    except Exception as error:  # tokenizers raises bare Exception
+        fail(f"{where}: not a tokenizer ({' '.join(str(error).split())[:200]}); name a tokenizer.json of the tokenizers library")
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    ids = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    if not model["vocab_size"] - PADDING < ids <= model["vocab_size"]:
+        fail(f"{where} has {ids} tokens, but the model's vocab_size is {model['vocab_size']}; name the tokenizer that it learnt with")
+    wanted = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for name in ("eos_token", "pad_token"):
+        number = model[f"{name}_id"]
+        token = tokenizer.id_to_token(number) if 0 <= number < rows else None
+        if token is None:
+            fail(f"{where}: the checkpoint's {name}_id {number} is none of its {ids} tokens; config.yaml or the tokenizer is wrong")
+        named = config.get(name)
+        named = named.get("content") if isinstance(named, dict) else named
+        if name == "eos_token" and named not in (None, token):
+            fail(f"{where}: the checkpoint stops at id {number}, {token!r}, but the tokenizer's eos_token is {named!r}; make them agree")
+        if named is None:
+            wanted[name] = token
+    if config | wanted != config:
+        config = {"model_max_length": model["max_sequence_length"], "clean_up_tokenization_spaces": False} | config | wanted
+        files["tokenizer_config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return tokenizer, files
+
+
+def check_loads(folder, config, tokenizer):
+    """Load config and tokenizer as a server does; SystemExit when a setting or a token id is not what was written or given."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    loaded, generation = AutoConfig.from_pretrained(folder), GenerationConfig.from_pretrained(folder)
+    values = {key: getattr(loaded, key, None) for key in config} | {"rope_theta": loaded.rope_parameters["rope_theta"]}
+    values |= {key: dtype_name(values[key]) for key in ("dtype", "torch_dtype")}
+    values |= {f"generation {key}": getattr(generation, key) for key in ("eos_token_id", "pad_token_id")}
+    for key, value in values.items():
+        wanted = config[key.removeprefix("generation ")]
+        if value != wanted:
+            fail(f"{folder} reads back with {key} {value!r} instead of {wanted!r}; this version of transformers cannot take the model")
+    reloaded = AutoTokenizer.from_pretrained(folder)
+    added = "".join(token.content for token in tokenizer.get_added_tokens_decoder().values())
+    for text in (*SAMPLES, PROMPT, added, "".join(SAMPLES)):
+        ids = tokenizer.encode(text).ids
+        if reloaded(text)["input_ids"] != ids:
+            fail(f"{folder} reloads with other token ids than tokenizer.json gives for {text[:40]!r}; please report this tokenizer")
+    if reloaded.eos_token_id != config["eos_token_id"]:
+        fail(f"{folder} reloads with eos id {reloaded.eos_token_id}, not {config['eos_token_id']}; correct special_tokens_map.json")
+
+
+def check_packages(validation):
+    """Leave before anything is written when a package is missing that is needed only at the end."""
+    packages = {"yaml": "pyyaml", "tqdm": "tqdm", "torch": "torch", "tokenizers": "tokenizers", "transformers": "transformers"}
+    for module, package in (packages | ({"olmo": "ai2-olmo"} if validation else {})).items():
+        if not importlib.util.find_spec(module):
+            remedy = ", or compare nothing: --skip-validation" if module == "olmo" else ""
+            fail(f"package {package} is missing in {sys.prefix}; install it{remedy}")
+
+
+def check_memory(parameters):
+    """Leave before anything is written when the machine cannot hold both models, in float32."""
+    with contextlib.suppress(OSError):
+        available = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
+        if 8 * parameters > available:
+            needed, free = (f"{number / 1e9:.1f} GB" for number in (8 * parameters, available))
+            fail(f"the comparison of the logits needs {needed} of memory and {free} are free; --skip-validation leaves it out")
+
+
+def load_native(config_path, tensors, dtypes):
+    """Return ai2-olmo's own model in float32, its weights rounded as they were written; those in float32 stay mapped."""
+    from olmo.config import ModelConfig
+    from olmo.exceptions import OLMoError
+    from olmo.model import OLMo
+
+    try:
+        config = ModelConfig.load(config_path, key="model")
+    except OLMoError as error:
+        fail(f"{config_path}: ai2-olmo does not take it: {' '.join(str(error).split())}")
+    config.init_device, config.flash_attention = "meta", False
+    model = OLMo(config, init_params=False)
+    model.load_state_dict({name: tensor.to(dtypes[name]).float() for name, tensor in tensors.items()}, assign=True)
+    model.transformer.ln_f.register_forward_hook(lambda module, inputs, output: output[:, -ROW:])  # as transformers' logits_to_keep
+    return model.eval()
+
+
+def load_hf(folder):
+    """Return the written model in float32, as transformers reads it; SystemExit when it misses weights or has too many."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    model, notes = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    for key, names in notes.items():
+        if names:
+            fail(f"{folder} reads back with {key.replace('_', ' ')}: {sorted(map(str, names))[0]}; please report this checkpoint")
+    return model.eval()
+
+
+def rows_to_compare(tokenizer, rows, length):
+    """Return tensors (1, tokens) of ids: two of text, two random, and one of `length`, the longest that the model takes."""
+    import torch
+
+    short = min(ROW, length)
+    text = torch.tensor(tokenizer.encode("\n".join(SAMPLES)).ids)
+    text = text.repeat(2 * short // len(text) + 1)[: 2 * short]
+    wanted, generator = 2 * short + length, torch.Generator().manual_seed(0)
+    orders = [torch.randperm(rows, generator=generator) for _ in range(wanted // rows + 1)]  # each id comes before any comes twice
+    random = torch.cat(orders)[:wanted]
+    return [*text.view(2, 1, short), *random[: 2 * short].view(2, 1, short), random[2 * short :].view(1, length)]
+
+
+def greedy(model, ids, number):
+    """Return the `number` ids that follow `ids` (1, tokens) greedily, stop tokens included."""
+    import torch
+
+    start = ids.shape[1]
+    for _ in range(number):
+        ids = torch.cat([ids, model(ids, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    return ids[0, start:].tolist()
+
+
+def first_departure(native, model, parts, ids):
+    """Return the name of the first Hugging Face module, in the order of computation, whose output is not the native one's."""
+    import torch
+
+    outputs = {}
+
+    def record(module, name):
+        def hook(module, inputs, output):
+            outputs[name] = output.clone()  # clip_qkv changes it in place
+
+        module.register_forward_hook(hook)
+
+    for part in parts:
+        record(model.get_submodule(part.target.removesuffix(".weight")), part.target)
+        record(native.get_submodule(part.source.removesuffix(".weight")), part.source)
+    model(ids, logits_to_keep=ROW)
+    native(ids)
+    by_name = {part.target: part for part in parts}
+    for part in (by_name[name] for name in outputs if name in by_name):
+        wanted = outputs[part.source]
+        found = outputs[part.target][:, -wanted.shape[1] :]
+        if not isinstance(model.get_submodule(part.target.removesuffix(".weight")), torch.nn.Embedding):
+            wanted = wanted[..., part.start : part.stop]
+        if not (wanted - found).abs().max() <= BOUND * wanted.abs().max():
+            return part.target.removesuffix(".weight")
+    return "lm_head"
+
+
+def compare(native, model, parts, tokenizer, where):
+    """Compare the logits of both models, in float32, and return the figures; SystemExit names the first layer that departs.
+
+    Rows: text, random ids, the longest row that the model takes (its last 512 positions), and a prompt with 16 greedy tokens.
+    """
+    import torch
+    from tqdm import tqdm
+
+    vocabulary, length = model.config.vocab_size, model.config.max_position_embeddings
+    prompt = (tokenizer.encode(PROMPT).ids or [model.config.eos_token_id])[: max(1, length - 16)]
+    with torch.inference_mode():
+        ids = greedy(model, torch.tensor([prompt]), min(16, length - len(prompt)))
+        rows = [*rows_to_compare(tokenizer, vocabulary, length), torch.tensor([prompt + ids])]
+        differences, largest, agreed, positions = [], 0.0, 0, 0
+        for row in tqdm(rows, desc="comparing", disable=not sys.stderr.isatty()):
+            wanted, found = native(row).logits[..., :vocabulary], model(row, logits_to_keep=ROW).logits
+            differences.append((wanted - found).abs().max())
+            largest = max(largest, wanted.abs().max().item())
+            agreed += (wanted.argmax(-1) == found.argmax(-1)).sum().item()
+            positions += wanted.shape[1]
+        embeddings = torch.equal(native.transformer.wte.weight[:vocabulary], model.get_input_embeddings().weight)
+        difference, bound = torch.stack(differences).max().item(), BOUND * largest
+        if not (difference <= bound and embeddings):
+            worst = rows[torch.stack(differences).argmax()]
+            name = first_departure(native, model, parts, worst) if embeddings else "model.embed_tokens"
+            fail(
+                f"{where}: its logits are not the checkpoint's: max |Δ| {difference:.3g} (bound {bound:.3g}), argmax equal at "
+                f"{agreed / positions:.1%} of {positions} positions, first departure at {name}; nothing is kept, please report it"
+            )
+    figures = {"max_abs_logit_difference": difference, "bound": bound, "largest_logit": largest, "argmax_agreement": agreed / positions}
+    figures |= {"positions": positions, "longest_row": length, "greedy": {"prompt": PROMPT, "prompt_ids": prompt, "ids": ids}}
+    return figures
+
+
+def model_card(config, settings, digest, counts, figures):
+    """Return README.md: where the model comes from, its shape, and how far it agrees with the checkpoint."""
+    parity = "The logits were not compared with the checkpoint's (`--skip-validation`)."
+    if figures:
+        parity = (
+            "Logits of this folder, read back by transformers, against those of ai2-olmo's own model with the same weights, both in "
+            f"float32 on a CPU: max |Δ| = {figures['max_abs_logit_difference']:g} over {figures['positions']} positions in rows of up to "
+            f"{figures['longest_row']} tokens; argmax equal at {figures['argmax_agreement']:.2%}."
+        )
+    shape = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    shape += ("max_position_embeddings", "rope_theta", "tie_word_embeddings", "eos_token_id", "pad_token_id", "dtype")
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", f"# {settings['name']}", ""]
+    lines += [f"{config['architectures'][0]}, {counts['parameters']:,} parameters, converted from the ai2-olmo checkpoint"]
+    lines += [f"`{settings['checkpoint']}` (weights: SHA-256 `{digest}`)"]
+    lines += [f"with `--dtype {settings['dtype']} --vocab {settings['vocab']}`."]
+    lines += ["", parity, "", "| setting | value |", "|---|---|", *(f"| {key} | {config[key]} |" for key in shape)]
+    return "\n".join([*lines, ""])
+
+
+@contextlib.contextmanager
+def unverified(output):
+    """Yield the hidden folder in which the model is built; its files move up when the block ends well, config.json last.
+
+    A refusal deletes it. A killed run leaves it, with whole shards, to the next run of the same settings.
+    """
+    folder = output / ".unverified"
+    folder.mkdir(exist_ok=True)
+    for path in [path for path in output.iterdir() if not path.name.startswith(".")]:
+        os.replace(path, folder / path.name)  # killed while moving up
+    try:
+        yield folder
+    except SystemExit:
+        shutil.rmtree(folder)
+        (output / ".begun.json").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it holds something else
+            output.rmdir()
+        raise
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
+        os.replace(path, output / path.name)
+    folder.rmdir()
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(
+        prog="convert_olmo_to_hf.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--input", required=True, metavar="DIR", help="checkpoint folder, or a run's folder of stepN-unsharded folders")
+    parser.add_argument("--tokenizer", required=True, metavar="DIR_OR_FILE", help="tokenizer.json, or the folder that holds it")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the Hugging Face model")
+    parser.add_argument("--config", metavar="FILE.yaml", help="recipe: flags as YAML, overruled by the command line")
+    parser.add_argument("--step", type=step, default="latest", help="step to take of a run's folder (default: latest)")
+    parser.add_argument("--dtype", choices=("keep", "float32", "bfloat16"), default="keep", help="of the written weights (default: keep)")
+    parser.add_argument("--max-shard-size", type=size, default="4GB", metavar="SIZE", help="largest file of weights (default: 4GB)")
+    parser.add_argument("--vocab", choices=("keep", "trim"), default="keep", help="trim: drop the rows that only pad the vocabulary")
+    parser.add_argument("--skip-validation", action=argparse.BooleanOptionalAction, default=False, help="do not compare the logits")
+    parser.add_argument("--overwrite", action="store_true", help="put another run's output aside and convert anew")
+    return parser
+
+
+def main():
+    parser = build_parser()
+    args = parser.parse_args(config_argv(parser, sys.argv[1:]))
+    checkpoint = find_checkpoint(Path(args.input), args.step)
+    weights, config_path, tokenizer_files = weights_of(checkpoint), checkpoint / "config.yaml", tokenizer_paths(Path(args.tokenizer))
+    check_packages(not args.skip_validation)
+    run = Run("convert", args, [config_path, weights, *tokenizer_files])
+    with unverified(run.output) as folder:
+        os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}  # all that is loaded lies in the folder; all sums are the CPU's
+        logging.disable(logging.WARNING)  # of libraries, about themselves
+        warnings.simplefilter("ignore")
+        import torch
+
+        start = time.time()
+        model = read_settings(config_path)
+        parts = plan_tensors(model, args.vocab)
+        rows = parts[0].stop
+        tokenizer, files = read_tokenizer(tokenizer_files, model, rows)
+        hashing = threading.Thread(target=run.sha256, args=[weights], daemon=True)  # beside the writing, which reads the same pages
+        tensors = map_tensors(weights)
+        check_tensors(parts, tensors, weights)
+        if not args.skip_validation:
+            check_memory(sum(map(count, parts)))
+        hashing.start()
+        dtypes = {name: tensor.dtype if args.dtype == "keep" else getattr(torch, args.dtype) for name, tensor in tensors.items()}
+        digests, counts = write_model(folder, parts, tensors, dtypes, args.max_shard_size)
+        hashing.join()
+        usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        metrics = {"writing": {"seconds": round(time.time() - start, 3), "peak_rss_bytes": usage}}
+        config = hf_config(model, rows, dtype_name(Counter(dtypes.values()).most_common(1)[0][0]))
+        write_json(folder / "config.json", config)
+        write_json(folder / "generation_config.json", {key: config[key] for key in ("eos_token_id", "pad_token_id")})
+        for name, data in files.items():
+            with write_atomic(folder / name) as file:
+                file.write(data)
+        check_loads(folder, config, tokenizer)
+        figures = {}
+        if not args.skip_validation:
+            figures = compare(load_native(config_path, tensors, dtypes), load_hf(folder), parts, tokenizer, folder)
+        settings = {"name": Path(args.output).resolve().name, "checkpoint": checkpoint.name, "dtype": args.dtype, "vocab": args.vocab}
+        with write_atomic(folder / "README.md", "w") as file:
+            file.write(model_card(config, settings, run.sha256(weights), counts, figures))
+    run.digests |= {str(run.output / name): digest for name, digest in digests.items()}
+    parity = f"max |Δlogit| {figures['max_abs_logit_difference']:g}" if figures else "logits not compared"
+    shards = f"{counts['shards']} shard{'s' if counts['shards'] > 1 else ''}"
+    run.finish(f"{parity}, {shards} of {checkpoint.name}", counts, metrics | figures)
+
+
+if __name__ == "__main__":
+    run_main(main)

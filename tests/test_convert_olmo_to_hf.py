@@ -1,0 +1,705 @@
+"""Each OLMo variant is written by ai2-olmo's own class, converted, and read back by transformers; each wrong variant is caught."""
+
+import base64
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, clean_environment
+
+SCRIPT = "convert_olmo_to_hf.py"
+EOS, PAD, VOCABULARY = 0, 1, 300
+BASE = {
+    "d_model": 64,
+    "n_heads": 4,
+    "n_layers": 3,
+    "mlp_ratio": 4,
+    "rope": True,
+    "include_bias": False,
+    "layer_norm_with_affine": False,
+    "weight_tying": False,
+    "max_sequence_length": 128,
+    "vocab_size": VOCABULARY,
+    "embedding_size": 384,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+    "init_device": "cpu",
+    "init_std": 0.1,
+}
+OLMO2 = {"layer_norm_type": "rms", "layer_norm_with_affine": True, "attention_layer_norm": True, "norm_after": True, "layer_norm_eps": 1e-6}
+FAMILIES = {
+    "olmo1": {},
+    "olmo1-clip-gqa": {"clip_qkv": 0.5, "n_kv_heads": 2},
+    "olmo1-theta": {"rope_theta": 500_000, "max_sequence_length": 1024},
+    "olmo1-mqa": {"multi_query_attention": True, "mlp_hidden_size": 192},
+    "olmo2": OLMO2,
+    "olmo2-gqa": OLMO2 | {"n_kv_heads": 2, "rope_theta": 500_000},
+    "tied": {"weight_tying": True, "embedding_size": None},
+    "olmo2-tied": OLMO2 | {"weight_tying": True},
+}
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+
+class Evil:
+    """Unpickled carelessly, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.fixture(scope="module")
+def script(load_script):
+    return load_script(SCRIPT)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """A byte-level BPE tokenizer.json of 300 tokens, <|endoftext|> 0 and <|pad|> 1."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<|endoftext|>", "<|pad|>"], initial_alphabet=alphabet)
+    made.train_from_iterator(["the purpose of this document is to define the default behaviour of a function " * 9], trainer)
+    assert made.get_vocab_size() == VOCABULARY
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    made.save(str(path))
+    return path
+
+
+def save(folder, settings, state=None):
+    """Write a checkpoint as ai2-olmo does; return the model. The norms' weights are random: dropping them shows."""
+    import torch
+    from olmo.config import ModelConfig
+    from olmo.model import OLMo
+
+    torch.manual_seed(1)
+    model = OLMo(ModelConfig(**BASE | settings)).eval()
+    for weight in model.parameters():
+        if weight.dim() == 1:
+            torch.nn.init.normal_(weight, 1, 0.3)
+    folder.mkdir(parents=True)
+    written = json.loads(json.dumps(model.config.asdict()))
+    (folder / "config.yaml").write_text(yaml.safe_dump({"run_name": "test", "model": written}), encoding="utf-8")
+    torch.save(model.state_dict() if state is None else state, folder / "model.pt")
+    return model
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """checkpoints[family]: (folder, ai2-olmo's model)."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {family: (root / family, save(root / family, settings)) for family, settings in FAMILIES.items()}
+
+
+@pytest.fixture
+def convert(script, monkeypatch, tokenizer, tmp_path, capfd):
+    """convert(checkpoint, *flags): main() in this process, which spares the imports; returns exit code, message and output folder."""
+
+    def run(checkpoint, *flags, output=tmp_path / "hf"):
+        words = ["--input", checkpoint, "--tokenizer", tokenizer, "--output", output, *flags]
+        monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, words)])
+        code = 0
+        try:
+            script.main()
+        except SystemExit as leave:
+            code = leave.code or 0
+        said = capfd.readouterr().err
+        message = code if isinstance(code, str) else said
+        return types.SimpleNamespace(code=1 if isinstance(code, str) else code, message=message, said=said, output=output)
+
+    return run
+
+
+def manifest(folder):
+    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+
+
+def native_greedy(model, ids, number):
+    import torch
+
+    ids = torch.tensor([ids])
+    with torch.inference_mode():
+        for _ in range(number):
+            ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    return ids[0, -number:].tolist()
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("manifest.json", "README.md")}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_equal(family, convert, checkpoints):
+    """The gate's figures are exact, and so is a comparison of our own, for each variant of the architecture."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, native = checkpoints[family]
+    done = convert(folder, "--max-shard-size", "200kB")
+    assert done.code == 0, done.message
+    metrics, length = manifest(done.output)["metrics"], native.config.max_sequence_length
+    assert metrics["max_abs_logit_difference"] == 0
+    assert metrics["argmax_agreement"] == 1
+    assert metrics["longest_row"] == length
+    assert metrics["positions"] >= 4 * min(512, length)
+    ids = torch.randint(0, VOCABULARY, (2, 100), generator=torch.Generator().manual_seed(2))
+    model = AutoModelForCausalLM.from_pretrained(done.output)
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, native(ids).logits)
+    assert metrics["greedy"]["ids"] == native_greedy(native, metrics["greedy"]["prompt_ids"], 16)
+    assert AutoTokenizer.from_pretrained(done.output)(metrics["greedy"]["prompt"])["input_ids"] == metrics["greedy"]["prompt_ids"]
+
+
+def test_as_a_user_runs_it(run_script, checkpoints, tokenizer, tmp_path):
+    """Standing alone: shards below the limit, all tensors in the index, digests true, a second run changes nothing, another is refused."""
+    import hashlib
+
+    from safetensors import safe_open
+
+    folder, native = checkpoints["olmo1"]
+    words = ["--input", folder, "--tokenizer", tokenizer, "--output", tmp_path / "hf", "--max-shard-size", "200kB"]
+    done = run_script(SCRIPT, *words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert done.stderr == f"convert: max |Δlogit| 0, 4 shards of olmo1; {tmp_path / 'hf'}\n"
+    names = {path.name for path in (tmp_path / "hf").iterdir()}
+    shards = {f"model-0000{k}-of-00004.safetensors" for k in range(1, 5)}
+    assert names - shards == {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "manifest.json",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    found = {}
+    for shard in shards:
+        with safe_open(tmp_path / "hf" / shard, "pt") as file:
+            found |= {name: (shard, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+    assert {name: shard for name, (shard, _) in found.items()} == index["weight_map"]
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for _, tensor in found.values()) == native.num_params() * 4
+    record = manifest(tmp_path / "hf")
+    assert record["counts"] == {"tensors": 23, "parameters": native.num_params(), "shards": 4, "bytes": native.num_params() * 4}
+    for entry in record["outputs"] + record["inputs"]:
+        assert hashlib.sha256(Path(entry["path"]).read_bytes()).hexdigest() == entry["sha256"]
+    assert all(entry["bytes"] < 200_000 for entry in record["outputs"])
+    card = (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
+    assert f"max |Δ| = 0 over {record['metrics']['positions']} positions in rows of up to 128 tokens" in card
+    assert next(e["sha256"] for e in record["inputs"] if e["path"].endswith("model.pt")) in card
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "hf").iterdir() if path.name != "manifest.json"}
+    again = run_script(SCRIPT, *words)
+    assert (again.returncode, again.stderr) == (0, f"convert: up to date, {tmp_path / 'hf'}\n")
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+    other = run_script(SCRIPT, *words, "--dtype", "bfloat16")
+    assert other.returncode == 3
+    assert "dtype was 'keep'" in other.stderr
+
+
+def test_config_says_what_the_checkpoint_says(convert, checkpoints):
+    """Rope under both names, eos and pad as they were (0 is not rewritten), no sampling defaults."""
+    config = json.loads((convert(checkpoints["olmo2-gqa"][0]).output / "config.json").read_text())
+    expected = {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"], "vocab_size": 384, "num_key_value_heads": 2}
+    expected |= {"intermediate_size": 128, "rms_norm_eps": 1e-6, "rope_theta": 500000.0, "tie_word_embeddings": False}
+    expected |= {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "max_position_embeddings": 128}
+    expected |= {"eos_token_id": EOS, "pad_token_id": PAD, "bos_token_id": None, "dtype": "float32", "torch_dtype": "float32"}
+    assert {key: config[key] for key in expected} == expected
+
+
+def test_generation_config_has_stop_and_padding_only(convert, checkpoints):
+    done = convert(checkpoints["olmo1"][0], "--skip-validation")
+    assert json.loads((done.output / "generation_config.json").read_text()) == {"eos_token_id": EOS, "pad_token_id": PAD}
+    assert "greedy" not in manifest(done.output)["metrics"]
+    assert manifest(done.output)["summary"] == "logits not compared, 1 shard of olmo1"
+    assert "not compared" in (done.output / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("family", ["olmo1", "olmo2-tied"])
+def test_bfloat16_and_trimmed_vocabulary(family, convert, checkpoints):
+    """Rounded weights are compared with a native model of the same rounding: the bound stays that of float32."""
+    import torch
+    from safetensors.torch import load_file
+
+    folder, native = checkpoints[family]
+    done = convert(folder, "--dtype", "bfloat16", "--vocab", "trim")
+    assert done.code == 0, done.message
+    weights = load_file(done.output / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    assert torch.equal(weights["model.embed_tokens.weight"], native.transformer.wte.weight[:VOCABULARY].bfloat16())
+    assert ("lm_head.weight" in weights) == (family == "olmo1")
+    config = json.loads((done.output / "config.json").read_text())
+    assert (config["vocab_size"], config["dtype"]) == (VOCABULARY, "bfloat16")
+    assert manifest(done.output)["metrics"]["max_abs_logit_difference"] == 0
+
+
+def test_half_precision_is_kept(convert, checkpoints, tmp_path):
+    native = checkpoints["olmo2"][1]
+    save(tmp_path / "half", OLMO2, {name: weight.half() for name, weight in native.state_dict().items()})
+    done = convert(tmp_path / "half")
+    assert json.loads((done.output / "config.json").read_text())["dtype"] == "float16"
+    assert manifest(done.output)["metrics"]["max_abs_logit_difference"] == 0
+
+
+def test_safetensors_of_ai2_olmo_give_the_same_bytes(convert, checkpoints, tmp_path):
+    """Its keys are pickles in base64; plain keys are read too."""
+    from olmo.safetensors_util import state_dict_to_safetensors_file
+    from safetensors.torch import save_file
+
+    folder, native = checkpoints["olmo2"]
+    wanted = files_of(convert(folder, "--skip-validation", output=tmp_path / "wanted").output)
+    for name, write in {"pickled": state_dict_to_safetensors_file, "plain": save_file}.items():
+        (tmp_path / name).mkdir()
+        shutil.copy(folder / "config.yaml", tmp_path / name)
+        write(native.state_dict(), tmp_path / name / "model.safetensors")
+        done = convert(tmp_path / name, "--skip-validation", output=tmp_path / f"hf-{name}")
+        assert files_of(done.output) == wanted
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_weights(folder, change):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def swap(one, other):
+    """Exchange all tensors whose names hold `one` with those that hold `other`."""
+
+    def change(folder):
+        def exchange(weights):
+            for name in [name for name in weights if one in name]:
+                partner = name.replace(one, other)
+                weights[name], weights[partner] = weights[partner], weights[name]
+
+        change_weights(folder, exchange)
+
+    return change
+
+
+def shuffle(name):
+    def change(folder):
+        change_weights(folder, lambda weights: weights.update({name: weights[name].flip(0)}))
+
+    return change
+
+
+def wrong_theta(folder):
+    change_config(folder, rope_theta=10_000.0, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0})
+
+
+def other_tokenizer(folder):
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace('"add_prefix_space": false', '"add_prefix_space": true'))
+
+
+ATTENTION, QUERY = "first departure at model.layers.0.self_attn.o_proj", "first departure at model.layers.0.self_attn.q_norm"
+WRONG = {
+    "theta": ("olmo1-theta", wrong_theta, ATTENTION),
+    "eps": ("olmo2", lambda folder: change_config(folder, rms_norm_eps=1e-5), QUERY),
+    "clip": ("olmo1-clip-gqa", lambda folder: change_config(folder, clip_qkv=None), ATTENTION),
+    "clip-wider": ("olmo1-clip-gqa", lambda folder: change_config(folder, clip_qkv=0.51), ATTENTION),
+    "gate-up": ("olmo1", swap("gate_proj", "up_proj"), "first departure at model.layers.0.mlp.gate_proj"),
+    "q-k": ("olmo2", swap("q_proj", "k_proj"), "first departure at model.layers.0.self_attn.q_proj"),
+    "norms": ("olmo2", swap("q_norm", "k_norm"), QUERY),
+    "layers": ("olmo1", swap("layers.1.", "layers.2."), "first departure at model.layers.1.self_attn.q_proj"),
+    "embeddings": ("olmo1", shuffle("model.embed_tokens.weight"), "first departure at model.embed_tokens"),
+    "head": ("olmo1", shuffle("lm_head.weight"), "first departure at lm_head"),
+    "final-norm": ("olmo2", shuffle("model.norm.weight"), "first departure at model.norm"),
+    "scaled": (
+        "olmo1",
+        lambda f: change_weights(f, lambda w: w["model.layers.2.mlp.down_proj.weight"].mul_(1.001)),
+        "layers.2.mlp.down_proj",
+    ),
+    "missing": ("olmo2", lambda f: change_weights(f, lambda w: w.pop("model.norm.weight")), "missing keys: model.norm.weight"),
+    "untied": ("tied", lambda folder: change_config(folder, tie_word_embeddings=False), "missing keys: lm_head.weight"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_folder_does_not_pass_the_gate(name, convert, checkpoints, script, monkeypatch):
+    """The folder is spoilt between writing and comparing: exit 1, the first departing module named, nothing left."""
+    family, spoil, word = WRONG[name]
+    load = script.load_hf
+    monkeypatch.setattr(script, "load_hf", lambda folder: (spoil(folder), load(folder))[1])
+    done = convert(checkpoints[family][0])
+    assert done.code == 1
+    assert word in done.message
+    assert not done.output.exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "word"),
+    [
+        (lambda folder: change_config(folder, eos_token_id=50279), "eos_token_id 50279 instead of 0"),
+        (wrong_theta, "rope_theta 10000.0 instead of 500000.0"),
+        (
+            lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": 7, "pad_token_id": 1}'),
+            "generation eos_token_id 7",
+        ),
+        (other_tokenizer, "other token ids"),
+    ],
+    ids=["eos", "theta", "generation", "tokenizer"],
+)
+def test_a_folder_that_loads_differently_is_refused(spoil, word, convert, checkpoints, script, monkeypatch):
+    check = script.check_loads
+    monkeypatch.setattr(script, "check_loads", lambda folder, *rest: (spoil(folder), check(folder, *rest))[1])
+    done = convert(checkpoints["olmo1-theta"][0], "--skip-validation")
+    assert done.code == 1
+    assert word in done.message
+    assert not done.output.exists()
+
+
+def settings_of(folder, **changes):
+    """Change a copied checkpoint's config.yaml."""
+    path = folder / "config.yaml"
+    content = yaml.safe_load(path.read_text())
+    content["model"] |= changes
+    path.write_text(yaml.safe_dump(content))
+
+
+def state_of(folder, change):
+    import torch
+
+    state = torch.load(folder / "model.pt")
+    torch.save(change(state) or state, folder / "model.pt")
+
+
+def cut(folder):
+    with open(folder / "model.pt", "r+b") as file:
+        file.truncate(file.seek(0, 2) // 2)
+
+
+def hostile_pickle(folder):
+    import torch
+
+    torch.save({"transformer.wte.weight": Evil(folder / "was-run")}, folder / "model.pt")
+
+
+def hostile_key(folder):
+    import torch
+    from safetensors.torch import save_file
+
+    (folder / "model.pt").unlink()
+    key = base64.urlsafe_b64encode(pickle.dumps(Evil(folder / "was-run"))).decode()
+    save_file({key: torch.zeros(2)}, folder / "model.safetensors")
+
+
+def only(folder, *names):
+    """Leave nothing but new files of these names."""
+    for path in folder.iterdir():
+        path.unlink()
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+
+
+W = "transformer.blocks.1.ff_out.weight"
+BAD = {
+    "no-folder": (lambda f: shutil.rmtree(f), ["no such folder"]),
+    "empty": (lambda f: only(f), ["config.yaml is missing", "it is empty"]),
+    "hf": (lambda f: only(f, "config.json", "model.safetensors"), ["Hugging Face folder already"]),
+    "sharded": (lambda f: only(f, "config.yaml", "model_and_optim/.metadata"), ["sharded checkpoint"]),
+    "sharded-run": (lambda f: only(f, "step10/config.yaml"), ["sharded checkpoints only"]),
+    "tokens": (lambda f: only(f, "part-0.npy"), ["token memory maps"]),
+    "no-config": (lambda f: (f / "config.yaml").unlink(), ["config.yaml is missing"]),
+    "no-weights": (lambda f: (f / "model.pt").unlink(), ["neither model.pt nor model.safetensors"]),
+    "cut": (cut, ["model.pt is cut short"]),
+    "binary-config": (lambda f: (f / "config.yaml").write_bytes(b"\x00\xff\x80"), ["config.yaml", "no settings"]),
+    "list-config": (lambda f: (f / "config.yaml").write_text("- 1"), ["config.yaml", "no settings"]),
+    "word": (lambda f: settings_of(f, d_model="wide"), ["config.yaml", "model.d_model is 'wide', not a number"]),
+    "heads": (lambda f: settings_of(f, n_kv_heads="two"), ["model.n_kv_heads is 'two', not a number"]),
+    "uneven": (lambda f: settings_of(f, n_heads=5), ["5 heads", "do not divide evenly"]),
+    "bias": (lambda f: settings_of(f, include_bias=True), ["include_bias: true"]),
+    "gelu": (lambda f: settings_of(f, activation_type="gelu"), ["activation_type: gelu"]),
+    "alibi": (lambda f: settings_of(f, alibi=True, rope=False), ["alibi: true"]),
+    "eps": (lambda f: settings_of(f, layer_norm_eps=1e-6), ["layer_norm_eps: 1e-06"]),
+    "pre-norm-rms": (lambda f: settings_of(f, layer_norm_type="rms", layer_norm_with_affine=True), ["without norm_after"]),
+    "scaled": (lambda f: settings_of(f, scale_logits=True), ["scale_logits"]),
+    "block": (lambda f: settings_of(f, block_type="llama"), ["block_type: llama"]),
+    "unknown": (lambda f: settings_of(f, no_such_setting=1), ["config.yaml", "ai2-olmo does not take it", "no_such_setting"]),
+    "wider": (lambda f: settings_of(f, d_model=128), ["is (384, 64), but config.yaml makes it (384, 128)"]),
+    "eos": (lambda f: settings_of(f, eos_token_id=50279), ["eos_token_id 50279 is none of its 300 tokens"]),
+    "pad": (lambda f: settings_of(f, pad_token_id=-1), ["pad_token_id -1 is none of"]),
+    "vocabulary": (lambda f: settings_of(f, vocab_size=299), ["300 tokens", "vocab_size is 299"]),
+    "other-tokenizer": (lambda f: settings_of(f, vocab_size=50257, embedding_size=50304), ["300 tokens", "vocab_size is 50257"]),
+    "missing": (lambda f: state_of(f, lambda s: {name: s[name] for name in s if name != W}), [f"lacks tensor {W}"]),
+    "left-over": (lambda f: state_of(f, lambda s: s.update(wpe=s[W])), ["unknown tensor wpe"]),
+    "nan": (lambda f: state_of(f, lambda s: s[W][3, 5:6].fill_(float("nan")) and None), [f"{W} holds NaN or infinity"]),
+    "inf": (lambda f: state_of(f, lambda s: s[W][3, 5:6].fill_(float("-inf")) and None), [f"{W} holds NaN or infinity"]),
+    "double": (lambda f: state_of(f, lambda s: s.update({W: s[W].double()})), [f"{W} is torch.float64"]),
+    "nested": (lambda f: state_of(f, lambda s: {"model": dict(s)}), ["model is not a tensor"]),
+    "hostile": (hostile_pickle, ["mkdir to be run", "nothing was run"]),
+    "hostile-key": (hostile_key, ["mkdir to be run", "nothing was run"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_checkpoint_is_refused_by_name(name, convert, checkpoints, tmp_path):
+    """One sentence, exit 1, nothing written and no code of the file run."""
+    spoil, words = BAD[name]
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoints["olmo1"][0], folder)
+    spoil(folder)
+    done = convert(folder)
+    assert done.code == 1
+    for word in words:
+        assert word in done.message
+    assert str(folder) in done.message or "transformer.blocks" in done.message or "tokenizer.json" in done.message
+    assert "\n" not in done.message.strip()
+    assert not done.output.exists()
+    assert not (folder / "was-run").exists()
+
+
+def test_overflow_of_the_written_type_is_named(convert, checkpoints, tmp_path):
+    shutil.copytree(checkpoints["olmo1"][0], tmp_path / "large")
+    state_of(tmp_path / "large", lambda state: state[W][0, 0:1].fill_(3.4e38) and None)  # rounds up to infinity in bfloat16
+    done = convert(tmp_path / "large", "--dtype", "bfloat16")
+    assert done.code == 1
+    assert f"{W} has numbers too large for bfloat16; use --dtype keep" in done.message
+
+
+def test_a_cut_safetensors_file_is_named(convert, checkpoints, tmp_path):
+    from safetensors.torch import save_file
+
+    folder, native = checkpoints["olmo1"]
+    (tmp_path / "cut").mkdir()
+    shutil.copy(folder / "config.yaml", tmp_path / "cut")
+    save_file(native.state_dict(), tmp_path / "cut" / "model.safetensors")
+    whole = (tmp_path / "cut" / "model.safetensors").read_bytes()
+    for size in (3, 1000, len(whole) - 1):
+        (tmp_path / "cut" / "model.safetensors").write_bytes(whole[:size])
+        done = convert(tmp_path / "cut")
+        assert done.code == 1
+        assert "model.safetensors: not a whole file of weights" in done.message
+        assert not done.output.exists()
+
+
+def test_the_latest_whole_step_is_taken(convert, checkpoints, tmp_path):
+    """By number, not by spelling; a step that is not whole is passed over, with a word, unless it is asked for."""
+    run = tmp_path / "run"
+    for number in (2, 9, 10, 30):
+        shutil.copytree(checkpoints["olmo1"][0], run / f"step{number}-unsharded")
+    (run / "config.yaml").write_text("model: {}")
+    (run / "latest-unsharded").symlink_to("step30-unsharded")
+    cut(run / "step30-unsharded")
+    done = convert(run, "--skip-validation", output=tmp_path / "latest")
+    assert done.code == 0
+    assert "step30-unsharded is not whole: model.pt is cut short" in done.said
+    assert "step2" not in done.said
+    assert manifest(tmp_path / "latest")["inputs"][0]["path"] == str(run / "step10-unsharded" / "config.yaml")
+    assert convert(run, "--skip-validation", "--step", "9", output=tmp_path / "nine").code == 0
+    assert "step9-unsharded" in (tmp_path / "nine" / "README.md").read_text(encoding="utf-8")
+    for number in (30, 11):
+        done = convert(run, "--step", number)
+        assert done.code == 1
+        assert f"no whole checkpoint of step {number}; steps there: [2, 9, 10, 30]" in done.message
+
+
+def test_tokenizer_files_keep_their_bytes(convert, checkpoints, tokenizer, tmp_path):
+    """Only a class that reloads with other ids is changed, and the checkpoint's stop token is named where none was."""
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    shutil.copy(tokenizer, folder)
+    (folder / "chat_template.jinja").write_text("{{ messages }}\r\n")
+    config = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>", "pad_token": "<|pad|>", "kept": {"é": 1}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    done = convert(checkpoints["olmo1"][0], "--skip-validation", "--tokenizer", folder, output=tmp_path / "one")
+    assert done.code == 0, done.message
+    assert (tmp_path / "one" / "tokenizer.json").read_bytes() == tokenizer.read_bytes()
+    assert (tmp_path / "one" / "chat_template.jinja").read_bytes() == b"{{ messages }}\r\n"
+    written = json.loads((tmp_path / "one" / "tokenizer_config.json").read_text())
+    assert written.items() >= (config | {"tokenizer_class": "PreTrainedTokenizerFast"}).items()
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=7))
+    convert(checkpoints["olmo1"][0], "--skip-validation", "--tokenizer", folder, output=tmp_path / "two")
+    assert (tmp_path / "two" / "tokenizer_config.json").read_bytes() == (folder / "tokenizer_config.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("tokenizer.json", "{", ["tokenizer.json: not a tokenizer"]),
+        ("tokenizer.json", b"\xff\x00", ["tokenizer.json: not a tokenizer"]),
+        ("tokenizer.json", None, ["no tokenizer.json there"]),
+        ("tokenizer_config.json", "[1]", ["tokenizer_config.json is no JSON object"]),
+        ("tokenizer_config.json", '{"eos_token": "<|pad|>"}', ["stops at id 0, '<|endoftext|>'", "eos_token is '<|pad|>'"]),
+        ("special_tokens_map.json", '{"eos_token": "<|pad|>"}', ["reloads with eos id"]),
+    ],
+)
+def test_a_bad_tokenizer_is_refused(name, content, words, convert, checkpoints, tokenizer, tmp_path):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    shutil.copy(tokenizer, folder)
+    (folder / name).unlink(missing_ok=True)
+    if content is not None:
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    done = convert(checkpoints["olmo1"][0], "--skip-validation", "--tokenizer", folder)
+    assert done.code == 1
+    for word in words:
+        assert word in done.message
+    assert not done.output.exists()
+
+
+def test_too_little_memory_is_said_before_anything_is_written(convert, checkpoints, script, monkeypatch):
+    available = int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0]) * 1024
+    monkeypatch.setattr(script, "count", lambda part: available)
+    done = convert(checkpoints["olmo1"][0])
+    assert done.code == 1
+    assert "--skip-validation leaves it out" in done.message
+    assert not done.output.exists()
+
+
+def test_a_full_disk_is_one_sentence(checkpoints, tokenizer, tmp_path):
+    """A limit on the size of a file stands for the disk: exit 1, whole shards wait for the next run, nothing passes for a model."""
+    shutil.copy(ROOT / "scripts" / SCRIPT, tmp_path)
+    words = ["-I", tmp_path / SCRIPT, "--input", checkpoints["olmo1"][0], "--tokenizer", tokenizer, "--output", tmp_path / "hf"]
+    command = ["sh", "-c", 'ulimit -f 400; exec "$@"', "sh", sys.executable, *words, "--skip-validation"]
+    environment = clean_environment() | {"PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, f"{SCRIPT}: output: File too large; mend that and run it again\n")
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == {".begun.json", ".unverified"}
+    assert not any((tmp_path / "hf" / ".unverified").iterdir())
+
+
+def test_a_missing_package_is_named(convert, checkpoints, script, monkeypatch):
+    find = script.importlib.util.find_spec
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None if name == "olmo" else find(name))
+    done = convert(checkpoints["olmo1"][0])
+    assert done.code == 1
+    assert "package ai2-olmo is missing" in done.message
+    assert not done.output.exists()
+
+
+def test_killed_and_run_again(run_script, checkpoints, tokenizer, tmp_path):
+    """kill -9 leaves nothing that could pass for a model; the next run takes whole shards up and gives the undisturbed run's bytes."""
+    words = ["--input", checkpoints["olmo1"][0], "--tokenizer", tokenizer, "--max-shard-size", "100kB", "--skip-validation", "--output"]
+    assert run_script(SCRIPT, *words, tmp_path / "calm").returncode == 0
+    output = tmp_path / "killed"
+    shutil.copy(ROOT / "scripts" / SCRIPT, tmp_path)
+    command = [sys.executable, "-I", tmp_path / SCRIPT, *words, output]
+    process = subprocess.Popen(list(map(str, command)), env=clean_environment(), stderr=subprocess.DEVNULL)
+    shards = []
+    while len(shards) < 2 and process.poll() is None:
+        shards = sorted(output.glob(".unverified/model-*.safetensors"))
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert {path.name for path in output.iterdir()} == {".begun.json", ".unverified"}
+    first, before = shards[0], shards[0].stat().st_mtime_ns
+    shards[1].unlink()
+    done = run_script(SCRIPT, *words, output)
+    assert done.returncode == 0, done.stderr
+    assert files_of(output) == files_of(tmp_path / "calm")
+    assert (output / first.name).stat().st_mtime_ns == before
+
+
+def test_killed_while_moving_up(convert, checkpoints, script, monkeypatch, tmp_path):
+    """Between two renames the folder has no config.json, so nothing loads it; the next run mends it."""
+    wanted = files_of(convert(checkpoints["olmo1"][0], "--max-shard-size", "200kB", "--skip-validation", output=tmp_path / "calm").output)
+    real, moved = os.replace, []
+
+    def replace(source, target):
+        if Path(source).parent.name == ".unverified" and not Path(source).name.startswith("."):
+            moved.append(source)
+            if len(moved) > 3:
+                raise KeyboardInterrupt
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script.os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            convert(checkpoints["olmo1"][0], "--max-shard-size", "200kB", "--skip-validation")
+    output = tmp_path / "hf"
+    assert not (output / "manifest.json").exists()
+    assert not (output / "config.json").exists()
+    assert convert(checkpoints["olmo1"][0], "--max-shard-size", "200kB", "--skip-validation").code == 0
+    assert files_of(output) == wanted
+
+
+def test_memory_is_that_of_a_piece(run_script, tokenizer, tmp_path):
+    """A checkpoint of 480 MB, one tensor of it 200 MB, is written within 380 MB, of which torch alone takes 240."""
+    import torch
+
+    settings = {"d_model": 512, "n_heads": 8, "n_layers": 12, "embedding_size": 100_352, "vocab_size": VOCABULARY, "init_device": "meta"}
+    from olmo.config import ModelConfig
+    from olmo.model import OLMo
+
+    empty = OLMo(ModelConfig(**BASE | settings))
+    state = {name: torch.full(weight.shape, 0.01) for name, weight in empty.state_dict().items()}
+    (tmp_path / "large").mkdir()
+    written = {"model": json.loads(json.dumps(empty.config.asdict()))}
+    (tmp_path / "large" / "config.yaml").write_text(yaml.safe_dump(written))
+    torch.save(state, tmp_path / "large" / "model.pt")
+    size = (tmp_path / "large" / "model.pt").stat().st_size
+    del state
+    shutil.copy(ROOT / "scripts" / SCRIPT, tmp_path)
+    words = [
+        "-I",
+        tmp_path / SCRIPT,
+        "--input",
+        tmp_path / "large",
+        "--tokenizer",
+        tokenizer,
+        "--output",
+        tmp_path / "hf",
+        "--skip-validation",
+    ]
+    # A shell between: the kernel counts the memory of the process that starts a program into the program's own peak
+    command = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, *words]
+    done = subprocess.run(list(map(str, command)), env=clean_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert size > 450e6
+    assert manifest(tmp_path / "hf")["metrics"]["writing"]["peak_rss_bytes"] < 380e6
+
+
+def test_defaults_are_those_of_ai2_olmo(script):
+    from olmo.config import ModelConfig
+
+    known = ModelConfig()
+    assert {key: getattr(known, key) for key in script.MODEL_DEFAULTS} == script.MODEL_DEFAULTS
+
+
+def test_sizes(script):
+    import argparse
+
+    cases = {"4GB": 4 * 10**9, "500MB": 5 * 10**8, "1.5k": 1500, "2GiB": 2 * 2**30, "1000": 1000, "7B": 7}
+    assert {text: script.size(text) for text in cases} == cases
+    for text in ("", "GB", "-1GB", "0", "4 giga"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            script.size(text)
+
+
+def test_shards_are_filled_in_order(script):
+    parts = [script.Part(f"t{k}", f"s{k}", 0, rows, (rows, 10)) for k, rows in enumerate([3, 3, 4, 9, 1, 1])]
+    sizes = {part.target: 4 * script.count(part) for part in parts}
+    shards = script.plan_shards(parts, sizes, 280)
+    assert [[part.target for part in shard] for shard in shards] == [["t0", "t1"], ["t2"], ["t3"], ["t4", "t5"]]
+    assert script.shard_names(1) == ["model.safetensors"]
+    assert script.shard_names(2)[1] == "model-00002-of-00002.safetensors"
+
+
+@pytest.mark.parametrize("words", [["--dtype", "int8"], ["--max-shard-size", "big"], ["--step", "last"], ["--vocab", "pad"]])
+def test_bad_flags_are_usage_errors(words, convert, checkpoints):
+    done = convert(checkpoints["olmo1"][0], *words)
+    assert done.code == 2
+    assert words[1] in done.said
+    assert not done.output.exists()
