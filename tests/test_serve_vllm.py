@@ -1,0 +1,552 @@
+"""serve_vllm.py: what stands in the way is said before vLLM loads; what is started ends, whoever dies; vLLM gives the right ids.
+
+The model is built by hand: attention and MLP add nothing, and the output matrix is the embedding shifted by a permutation, so the token
+after t is NEXT[t] whatever stands before it. Greedy ids are thus known without running anything.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, clean_environment
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+END, WORD = 2, 200  # the stop token; the only word that the model answers in a chat
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+HIDDEN, LAYERS, HEADS = 64, 2, 2
+
+
+def byte_tokenizer():
+    """Return a tokenizer of bytes: three special tokens and the 256 letters of byte-level BPE, no merges."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(SPECIAL + letters)}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL)
+    return tokenizer
+
+
+def next_token(tokenizer):
+    """Return NEXT: a permutation of the ids, t + 1 but for the turn: after the new line comes WORD, after WORD the end."""
+    following = [*range(1, 259), 0]
+    newline = tokenizer.encode("\n").ids[0]
+    for token, wanted in ((newline, WORD), (WORD, END)):
+        other = following.index(wanted)
+        following[token], following[other] = following[other], following[token]
+    return following
+
+
+def write_model(folder):
+    """Write the hand-made model into `folder`, in two shards; returns (its tokenizer, NEXT)."""
+    folder.mkdir(parents=True)
+    tokenizer = byte_tokenizer()
+    following = next_token(tokenizer)
+    embedding = np.random.default_rng(0).standard_normal((259, HIDDEN), dtype=np.float32)
+    output = np.empty_like(embedding)
+    output[following] = embedding
+    body = {"model.embed_tokens.weight": embedding, "model.norm.weight": np.ones(HIDDEN, np.float32)}
+    shapes = {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "self_attn.v_proj": (32, 64), "self_attn.o_proj": (64, 64)}
+    shapes |= {"mlp.gate_proj": (128, 64), "mlp.up_proj": (128, 64), "mlp.down_proj": (64, 128)}
+    for layer in range(LAYERS):
+        body |= {f"model.layers.{layer}.{name}.weight": np.zeros(shape, np.float32) for name, shape in shapes.items()}
+        norms = ("input_layernorm", "post_attention_layernorm")
+        body |= {f"model.layers.{layer}.{name}.weight": np.ones(HIDDEN, np.float32) for name in norms}
+    shards = {"model-00001-of-00002.safetensors": body, "model-00002-of-00002.safetensors": {"lm_head.weight": output}}
+    for name, tensors in shards.items():
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": 128}
+    config |= {"num_attention_heads": HEADS, "num_key_value_heads": 1, "num_hidden_layers": LAYERS, "vocab_size": 259}
+    config |= {"max_position_embeddings": 512, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "torch_dtype": "float32"}
+    config |= {"bos_token_id": 1, "eos_token_id": END, "pad_token_id": 0}
+    files = {
+        "config.json": config,
+        "generation_config.json": {"eos_token_id": END, "pad_token_id": 0},
+        "model.safetensors.index.json": {"weight_map": {tensor: name for name, tensors in shards.items() for tensor in tensors}},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "chat_template": TEMPLATE,
+        },
+    }
+    for name, value in files.items():
+        (folder / name).write_text(json.dumps(value), encoding="utf-8")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer, following
+
+
+def chain(following, ids, number):
+    """Return the `number` tokens that the hand-made model gives after `ids`."""
+    found = [*ids]
+    for _ in range(number):
+        found.append(following[found[-1]])
+    return found[len(ids) :]
+
+
+@pytest.fixture
+def model(tmp_path):
+    write_model(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def serve(load_script):
+    return load_script("serve_vllm.py")
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def group_members(leader):
+    """Return the pids of the processes in the group or session of `leader` that are not zombies."""
+    rows = subprocess.run(["ps", "-eo", "pid=,pgid=,sid=,stat="], capture_output=True, text=True).stdout.splitlines()
+    rows = [row.split() for row in rows]
+    return [int(pid) for pid, group, session, state in rows if str(leader) in (group, session) and state[0] != "Z"]
+
+
+def wait_until(true, seconds):
+    """Wait until true() is; returns whether it became so."""
+    end = time.monotonic() + seconds
+    while not (held := true()) and time.monotonic() < end:
+        time.sleep(0.2)
+    return held
+
+
+GPUS = {0: (81559, 81000), 1: (81559, 81000), 2: (81559, 9000), 3: (81559, 20000)}  # MiB: total, free
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path):
+    """A fake nvidia-smi first on PATH: four GPUs, two of them in use by this very test process."""
+    total = "".join(f"{i}, GPU-{i}, {total}, {free}\n" for i, (total, free) in GPUS.items())
+    apps = f"GPU-2, {os.getpid()}, 72000\nGPU-3, {os.getpid()}, 61000\n"
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text(f"#!/bin/sh\ncase $1 in *compute-apps*) printf '{apps}';; *) printf '{total}';; esac\n")
+    tool.chmod(0o755)
+    return {"PATH": f"{tool.parent}:{os.environ['PATH']}"}
+
+
+def test_a_dry_run_on_a_cpu_prints_a_command_that_a_shell_understands(run_script, model):
+    answer = run_script("serve_vllm.py", "--model", model, "--port", free_port(), "--dry-run", "--", "--seed", "7")
+    assert answer.returncode == 0, answer.stderr
+    words = shlex.split(answer.stdout)
+    at = words.index(str(Path(sys.executable).with_name("vllm")))
+    assert not any(word.startswith("HF_HUB_OFFLINE") for word in words[:at]), "it is set already"
+    assert words[at + 1 : at + 5] == ["serve", str(model), "--served-model-name", "model"]
+    assert words[-2:] == ["--seed", "7"]
+    assert "--tensor-parallel-size" not in words
+    assert words[words.index("--kv-cache-memory-bytes") + 1] == str(512 << 20)
+    assert "-O0" in words
+
+
+def test_a_cpu_takes_the_users_word_over_its_defaults(serve, monkeypatch):
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    config = {
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "max_position_embeddings": 9,
+    }
+    flags = ["--enforce-eager", "--kv_cache_memory_bytes=1G"]
+    assert serve.cpu_flags(flags, "bfloat16", config, 2048) == []
+    sized = serve.cpu_flags(["-cc.mode=0"], "auto", config, 8192)
+    assert sized == ["--kv-cache-memory-bytes", str(2 * 2 * 4 * 32 * 8 * 128 * 8192)]  # two sequences, keys and values, four bytes
+
+
+def test_a_dry_run_on_two_gpus(run_script, model, nvidia_smi, tmp_path):
+    recipe = tmp_path / "serve.yaml"
+    recipe.write_text(
+        "served-model-name: tiny\nmax-model-len: 128\nport: 8099\nvllm-args: --enable-auto-tool-choice --tool-call-parser hermes\n"
+    )
+    harmful = {
+        "VLLM_DISABLE_TORCH_COMPILE": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True,max_split_size_mb:64",
+        "VLLM_PORT": "tcp://10.0.0.7:8000",
+    }
+    words = ["--config", recipe, "--model", model, "--gpus", "0,1", "--dry-run", "--", "--seed", "7"]
+    answer = run_script("serve_vllm.py", *words, env=nvidia_smi | harmful)
+    assert answer.returncode == 0, answer.stderr
+    line = shlex.split(answer.stdout)
+    assert line[:5] == ["env", "-u", "VLLM_DISABLE_TORCH_COMPILE", "-u", "VLLM_PORT"]
+    assert f"PATH={Path(sys.executable).parent}:{nvidia_smi['PATH']}" in line or str(Path(sys.executable).parent) in nvidia_smi["PATH"]
+    assert {"CUDA_DEVICE_ORDER=PCI_BUS_ID", "CUDA_VISIBLE_DEVICES=0,1", "PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:64"} <= set(line)
+    text = " ".join(line)
+    assert f"serve {model} --served-model-name tiny --host 127.0.0.1 --port 8099" in text
+    assert "--max-model-len 128 --tensor-parallel-size 2 --enforce-eager" in text
+    assert text.endswith("--enable-auto-tool-choice --tool-call-parser hermes --seed 7")
+    assert "kv-cache" not in text, "a GPU's memory is vLLM's to divide"
+    for name in harmful:
+        assert name in answer.stderr
+
+
+def test_custom_all_reduce_given_up_keeps_the_allocator(serve):
+    environment = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert "PYTORCH_ALLOC_CONF" not in serve.environment_changes(environment, ["--disable-custom-all-reduce"], 2, [0, 1], False)[0]
+    assert "PYTORCH_ALLOC_CONF" not in serve.environment_changes(environment, [], 1, [0], False)[0]
+    assert serve.environment_changes(environment, [], 2, [0, 1], False)[0]["PYTORCH_ALLOC_CONF"] is None
+
+
+def gpu_problems(serve, monkeypatch, nvidia_smi, chosen, weights, flags=()):
+    monkeypatch.setenv("PATH", nvidia_smi["PATH"])
+    problems = []
+    share = serve.check_gpus(serve.query_gpus(), chosen, weights, list(flags), problems)
+    return share, problems
+
+
+def test_free_gpus_are_taken_as_vllm_would(serve, monkeypatch, nvidia_smi):
+    assert gpu_problems(serve, monkeypatch, nvidia_smi, [0, 1], 15e9) == (serve.UTILIZATION, [])
+
+
+def test_a_gpu_that_others_use_is_shared_when_the_weights_fit(serve, monkeypatch, nvidia_smi):
+    share, problems = gpu_problems(serve, monkeypatch, nvidia_smi, [0, 3], 15e9)
+    assert problems == []
+    assert share == 0.23  # (20000 - 1024) / 81559, downwards
+
+
+def test_a_full_gpu_is_refused_and_its_holder_named(serve, monkeypatch, nvidia_smi):
+    _, problems = gpu_problems(serve, monkeypatch, nvidia_smi, [0, 2], 15e9)
+    assert len(problems) == 1
+    for words in ("GPU 2 has 9.4 GB of 85.5 GB free", f"75.5 GB by pid {os.getpid()} (", "take 15.0 GB a GPU", "--gpus"):
+        assert words in problems[0]
+    _, problems = gpu_problems(serve, monkeypatch, nvidia_smi, [3], 1e9, ["--gpu-memory-utilization=0.9"])
+    assert "--gpu-memory-utilization 0.9 asks for more: lower it to 0.23" in problems[0]
+
+
+def test_a_gpu_that_is_not_there(run_script, model, nvidia_smi):
+    answer = run_script("serve_vllm.py", "--model", model, "--gpus", "1,9", "--port", free_port(), env=nvidia_smi)
+    assert answer.returncode == 1
+    assert "there is no GPU 9; nvidia-smi shows 0, 1, 2, 3" in answer.stderr
+
+
+def test_tensor_parallel_that_does_not_divide_the_heads(run_script, model, nvidia_smi):
+    answer = run_script("serve_vllm.py", "--model", model, "--gpus", "0,1,2", "--port", free_port(), env=nvidia_smi)
+    assert answer.returncode == 1
+    assert "tensor parallel 3 does not divide the 2 attention heads; --tensor-parallel-size 1, 2 does" in answer.stderr
+    answer = run_script(
+        "serve_vllm.py", "--model", model, "--gpus", "0", "--tensor-parallel-size", 2, "--port", free_port(), env=nvidia_smi
+    )
+    assert "2 GPUs are needed" in answer.stderr
+
+
+def truncate(folder):
+    shard = folder / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def leave_empty(folder):
+    save_file({"lm_head.weight": np.zeros((0, HIDDEN), np.float32)}, folder / "model-00002-of-00002.safetensors")
+
+
+def rename_tensor(folder):
+    save_file({"head": np.zeros((1, HIDDEN), np.float32)}, folder / "model-00002-of-00002.safetensors")
+
+
+def narrow_heads(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_attention_heads": 4}))
+
+
+BROKEN = {
+    "no folder": (lambda folder: folder.rename(folder.with_name("gone")), ["is no folder", "hub id"]),
+    "no config": (lambda folder: (folder / "config.json").unlink(), ["config.json does not exist"]),
+    "broken config": (lambda folder: (folder / "config.json").write_text("{"), ["config.json cannot be read", "line 1"]),
+    "config of another kind": (lambda folder: (folder / "config.json").write_text("[1]"), ["config.json holds no JSON object"]),
+    "missing shard": (lambda folder: (folder / "model-00002-of-00002.safetensors").unlink(), ["00002-of-00002.safetensors is missing"]),
+    "truncated shard": (truncate, ["00002-of-00002.safetensors has", "bytes where its header promises"]),
+    "pointer": (lambda folder: (folder / "model-00001-of-00002.safetensors").write_text("version https://git-lfs…"), ["Git LFS pointer"]),
+    "empty shard": (lambda folder: (folder / "model-00001-of-00002.safetensors").write_bytes(b""), ["no whole safetensors file"]),
+    "ZeRO-3": (leave_empty, ["lm_head.weight is empty", "zero_to_fp32.py"]),
+    "other tensors": (rename_tensor, ["lacks the tensor lm_head.weight"]),
+    "no weights": (lambda folder: [path.unlink() for path in folder.glob("model*")], ["holds no weights"]),
+    "narrow heads": (narrow_heads, ["no CPU attention for heads of 16", "on a GPU"]),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), ["holds no tokenizer", "--tokenizer"]),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_model_that_is_not_whole_is_refused_in_seconds(case, run_script, model):
+    damage, words = BROKEN[case]
+    damage(model)
+    begun = time.monotonic()
+    answer = run_script("serve_vllm.py", "--model", model, "--port", free_port())
+    assert answer.returncode == 1
+    assert time.monotonic() - begun < 5
+    assert "Traceback" not in answer.stderr
+    assert len(answer.stderr.strip().splitlines()) == 1
+    for word in words:
+        assert word in answer.stderr
+
+
+def test_a_hub_name_offline(run_script, tmp_path):
+    answer = run_script("serve_vllm.py", "--model", "nobody/nothing", "--port", free_port(), env={"HF_HOME": str(tmp_path)})
+    assert answer.returncode == 1
+    assert "hf download nobody/nothing" in answer.stderr
+
+
+def test_a_port_that_is_taken(run_script, model):
+    """By a server of models, which is named, and by something that does not speak HTTP."""
+
+    class Models(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"data": [{"id": "qwen3-14b"}]}).encode())
+
+        def log_message(self, *words):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Models) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        answer = run_script("serve_vllm.py", "--model", model, "--port", server.server_port)
+        server.shutdown()
+    assert answer.returncode == 1
+    assert f"port {server.server_port} is taken by a server of qwen3-14b; stop it, or choose another with --port" in answer.stderr
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        answer = run_script("serve_vllm.py", "--model", model, "--port", server.getsockname()[1])
+    assert answer.returncode == 1
+    assert "is taken by another process" in answer.stderr
+
+
+def test_an_address_of_another_machine(run_script, model):
+    answer = run_script("serve_vllm.py", "--model", model, "--host", "192.0.2.7", "--port", free_port())
+    assert answer.returncode == 1
+    assert "cannot listen on 192.0.2.7" in answer.stderr
+
+
+def test_usage_errors(run_script, model, tmp_path):
+    for words in (
+        ["--model", model, "--gpus", "six"],
+        ["--model", model, "--check"],
+        ["--model", model, "--output", tmp_path / "out"],
+        ["--model", model, "--tensor-parallel-size", "0"],
+        ["--model", model, "--", "--port", "9"],
+        ["--model", model, "--", "--pipeline-parallel-size", "two"],
+        [],
+    ):
+        answer = run_script("serve_vllm.py", *words)
+        assert answer.returncode == 2, (words, answer.stderr)
+        assert "Traceback" not in answer.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_stop_ends_the_whole_group_and_the_watcher(serve):
+    """The leader ignores TERM and has a child: both are killed after the grace."""
+    group = serve.Group(["sh", "-c", "trap '' TERM; sleep 300 & wait; wait"], 1)
+    assert wait_until(lambda: len(group_members(group.process.pid)) == 2, 5)
+    group.stop(1)
+    assert group_members(group.process.pid) == []
+    assert group.watcher.returncode == 0
+
+
+def test_the_watcher_ends_the_group_when_its_owner_is_killed(serve):
+    """A process with a Group is killed by -9: what the group's leader started goes as well, within the grace."""
+    code = f"import importlib.util as u, sys, time; s = u.spec_from_file_location('serve', {str(ROOT / 'scripts/serve_vllm.py')!r})\n"
+    code += "m = u.module_from_spec(s); s.loader.exec_module(m)\n"
+    code += "g = m.Group(['sh', '-c', \"trap '' TERM; sleep 300 & wait; wait\"], 1); print(g.process.pid, flush=True); time.sleep(300)"
+    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    leader = int(owner.stdout.readline())
+    assert wait_until(lambda: len(group_members(leader)) == 2, 5)
+    owner.kill()
+    owner.wait()
+    assert wait_until(lambda: not group_members(leader), 10)
+
+
+def test_the_command_beside_the_server_gives_the_exit_code(serve, tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "example.org")
+    server = serve.Group(["sleep", "300"], 1)
+    try:
+        api = serve.Api("0.0.0.0", 8123, "tiny", "secret")
+        command = f'echo "$OPENAI_BASE_URL $OPENAI_API_KEY $LLM_MODEL $NO_PROXY" > {tmp_path}/seen; exit 7'
+        assert serve.run_beside(command, server, api, "log") == 7
+        assert (tmp_path / "seen").read_text() == "http://127.0.0.1:8123/v1 secret tiny 127.0.0.1,example.org\n"
+    finally:
+        server.stop(5)
+    with pytest.raises(SystemExit, match="vLLM was killed by signal 15: its log names no error"):
+        (tmp_path / "log").write_text("INFO all is well\n")
+        serve.run_beside("sleep 300", server, api, tmp_path / "log")
+
+
+def test_the_cause_of_a_failure_is_the_root_one(serve, tmp_path):
+    log = tmp_path / "log"
+    log.write_text(
+        "(EngineCore pid=7) ERROR 11-24 02:30:18 [core.py:1301] torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\n"
+        "(APIServer pid=5) RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}\n"
+    )
+    assert serve.cause(log) == "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"
+    log.write_text(
+        "(APIServer pid=5) pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig\n"
+        "(APIServer pid=5)   Value error, User-specified max_model_len (2048) is greater than the derived max_model_len\n"
+    )
+    assert serve.cause(log).endswith(
+        "for ModelConfig: Value error, User-specified max_model_len (2048) is greater than the derived max_model_len"
+    )
+    log.write_text("usage: vllm serve [model_tag] [options]\nvllm serve: error: argument --dtype: invalid choice: 'x'\n")
+    assert serve.cause(log) == "vllm serve: error: argument --dtype: invalid choice: 'x'"
+
+
+# From here on vLLM itself runs.
+
+
+def certificate(tokenizer):
+    """Return what train_sft.py certifies: conversations with the ids of the template's text, written out here."""
+    conversations = []
+    for number, (question, answer) in enumerate([("What is a PEP?", "A design document."), ("春眠不觉晓", "处处闻啼鸟")]):
+        text = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        conversations.append({"id": f"row-{number}", "messages": messages, "tools": None, "ids": tokenizer.encode(text).ids})
+    return {"stop_ids": [END], "conversations": conversations}
+
+
+@pytest.fixture(scope="module")
+def proven(tmp_path_factory):
+    """A model folder as the converter and the trainer leave it: greedy ids in manifest.json, certificate.json."""
+    folder = tmp_path_factory.mktemp("served") / "model"
+    tokenizer, following = write_model(folder)
+    prompt = tokenizer.encode("This PEP").ids
+    greedy = {"prompt": "This PEP", "prompt_ids": prompt, "ids": chain(following, prompt, 16)}
+    (folder / "manifest.json").write_text(json.dumps({"metrics": {"greedy": greedy}}))
+    (folder / "certificate.json").write_text(json.dumps(certificate(tokenizer)), encoding="utf-8")
+    return folder, tokenizer, following
+
+
+def start(folder, *words):
+    """Start serve_vllm.py as a user does; its standard error is read line by line."""
+    command = [sys.executable, "-I", ROOT / "scripts" / "serve_vllm.py", "--model", folder, "--max-model-len", "256", *words]
+    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_environment())
+
+
+def leader_of(process):
+    """Return the pid of the vLLM that `process` has started."""
+    children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
+    return next((int(line.split()[0]) for line in children.splitlines() if "vllm serve" in line), None)
+
+
+@pytest.mark.slow
+def test_check_proves_the_model_and_notes_it(run_script, proven, tmp_path):
+    folder, tokenizer, following = proven
+    out, port = tmp_path / "out", free_port()
+    words = ["--model", folder, "--check", "--output", out, "--prompt", "The", "天地", "--max-tokens", 12, "--max-model-len", 256]
+    answer = run_script("serve_vllm.py", *words, "--port", port)
+    assert answer.returncode == 0, answer.stderr
+    assert "2 conversations have their trained token ids" in answer.stderr
+    rows = [json.loads(line) for line in (out / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    for row, prompt in zip(rows, ("The", "天地"), strict=False):
+        assert row["prompt"] == prompt
+        assert row["ids"] == chain(following, tokenizer.encode(prompt).ids, 12)
+    assert rows[2]["ids"] == chain(following, tokenizer.encode("This PEP").ids, 16)
+    assert rows[3] == {
+        "prompt": [{"role": "user", "content": "What is a PEP?"}],
+        "text": rows[3]["text"],
+        "ids": None,
+        "finish_reason": "stop",
+    }
+    run = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    assert run["stage"] == "serve-pretrained"
+    assert run["metrics"]["greedy_equal"] is True
+    assert run["metrics"]["certified_ids_equal"] == 2
+    assert run["metrics"]["tokens_per_second"] > 1
+    assert run["summary"].startswith("4 answers, greedy token ids equal, ")
+    assert run["packages"].keys() >= {"torch", "transformers"}
+    assert run["peak_rss_bytes"] > 200e6, "the server's memory counts"
+    assert {entry["path"].rpartition("/")[2] for entry in run["outputs"]} == {"answers.jsonl", "vllm.log"}
+    again = run_script("serve_vllm.py", *words, "--port", free_port())
+    assert again.returncode == 0
+    assert "up to date" in again.stderr
+
+
+@pytest.mark.slow
+def test_a_running_server_is_named_and_ends_with_its_api_process(proven, tmp_path, run_script, serve):
+    """One start: a second server is refused, wrong ids are caught, and kill -9 of the API process leaves nothing."""
+    folder, tokenizer, _ = proven
+    port = free_port()
+    process = start(folder, "--port", port, "--served-model-name", "tiny")
+    try:
+        assert process.stdout.readline() == f"http://127.0.0.1:{port}/v1\n", process.stderr.read()
+        leader, api = leader_of(process), serve.Api("127.0.0.1", port, "tiny")
+        assert len(group_members(leader)) >= 3, "API, engine, worker"
+        second = run_script("serve_vllm.py", "--model", folder, "--port", port)
+        assert second.returncode == 1
+        assert f"port {port} is taken by a server of tiny" in second.stderr
+
+        assert serve.compare_certificate(api, certificate(tokenizer)) == ""
+        other = certificate(tokenizer)
+        other["conversations"][1]["ids"][5] += 1
+        assert re.search(r"conversation 'row-1': token 5 is \d+ here and \d+ in training", serve.compare_certificate(api, other))
+        args = serve.build_parser().parse_args(["--model", "x"])
+        wrong = {"greedy": {"prompt": "A", "prompt_ids": tokenizer.encode("A").ids, "ids": [5, 5]}, "certificate": {}}
+        with pytest.raises(SystemExit, match="the converter with"):
+            serve.prove(api, args, wrong)
+        choice = api.chat([{"role": "user", "content": "Hello"}], 8)
+        assert choice["finish_reason"] == "stop"
+        assert choice["message"]["content"] == tokenizer.decode([WORD])
+
+        os.kill(leader, signal.SIGKILL)
+        assert process.wait(30) == 1
+        assert "vLLM was killed by signal 9" in process.stderr.read()
+        assert group_members(leader) == []
+    finally:
+        process.kill()
+
+
+@pytest.mark.slow
+def test_kill_9_of_serve_leaves_neither_server_nor_client(proven, tmp_path):
+    seen = tmp_path / "seen"
+    process = start(proven[0], "--port", free_port(), "--then", f"echo $LLM_MODEL > {seen}; sleep 300")
+    try:
+        assert wait_until(lambda: seen.exists() or process.poll() is not None, 500)
+        assert process.poll() is None, process.stderr.read()
+        leader = leader_of(process)
+        client = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "sleep 300"], capture_output=True, text=True).stdout.split()
+        assert len(client) == 1
+        process.kill()
+        assert wait_until(lambda: not group_members(leader) and not group_members(client[0]), 75)
+    finally:
+        process.kill()
+
+
+@pytest.mark.slow
+def test_term_while_loading_ends_in_time(proven):
+    process = start(proven[0], "--port", free_port())
+    try:
+        assert wait_until(lambda: leader_of(process), 30)
+        time.sleep(5)
+        leader = leader_of(process)
+        process.terminate()
+        assert process.wait(20) == 128 + signal.SIGTERM
+        assert group_members(leader) == []
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+
+
+@pytest.mark.slow
+def test_a_start_that_fails_says_why_and_where_the_log_is(run_script, proven):
+    answer = run_script("serve_vllm.py", "--model", proven[0], "--port", free_port(), "--", "--no-such-flag-of-vllm")
+    assert answer.returncode == 1
+    last = answer.stderr.strip().splitlines()[-1]
+    assert "unrecognized arguments: --no-such-flag-of-vllm" in last
+    log = Path(last.rpartition(" ")[2])
+    with contextlib.suppress(FileNotFoundError):
+        assert "--no-such-flag-of-vllm" in log.read_text()
+        log.unlink()
