@@ -1,0 +1,588 @@
+"""scripts/patch_packages.py on small packages in environments of their own: applied and reverted, refused, damaged, killed, linked."""
+
+import base64
+import csv
+import ctypes
+import difflib
+import hashlib
+import importlib.util
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+
+SCRIPT = ROOT / "scripts" / "patch_packages.py"
+SOURCE = {
+    "toy/__init__.py": "from toy.sums import add\n",
+    "toy/sums.py": '"""Sums."""\n\n\ndef add(a, b):\n    return a - b\n\n\ndef double(a):\n    return add(a, a)\n',
+    "toy/names.txt": "one\ntwo\nthree\nlast line has no end",
+}
+MINUS, PLUS = SOURCE["toy/sums.py"], SOURCE["toy/sums.py"].replace("a - b", "a + b")
+
+
+class Toy:
+    """An environment that holds the package toy, as an installer leaves it."""
+
+    def __init__(self, prefix, source=SOURCE, version="1.2"):
+        venv.create(prefix, symlinks=True, with_pip=False)
+        self.prefix, self.python = prefix, prefix / "bin" / "python"
+        self.site = next(prefix.glob("lib/python3.*/site-packages"))
+        packaging = Path(importlib.util.find_spec("packaging").origin).parent.parent
+        (self.site / "packaging.pth").write_text(f"{packaging}\n")
+        self.install(source, version)
+
+    def install(self, source=SOURCE, version="1.2"):
+        for old in (self.site / "toy", *self.site.glob("toy-*.dist-info")):
+            shutil.rmtree(old, ignore_errors=True)
+        self.info = self.site / f"toy-{version}.dist-info"
+        metadata = {f"{self.info.name}/METADATA": f"Metadata-Version: 2.1\nName: toy\nVersion: {version}\n"}
+        rows = []
+        for path, text in (source | metadata).items():
+            (self.site / path).parent.mkdir(parents=True, exist_ok=True)
+            (self.site / path).write_bytes(text.encode())
+            rows.append(f"{path},{spelled(text.encode())},{len(text.encode())}\n")
+        (self.info / "RECORD").write_text("".join(rows) + f"{self.info.name}/RECORD,,\n")
+
+    def tree(self):
+        """Return {path: (bytes, mode)} of all that the environment holds, but bytecode, the tool's own files and the probe's caches."""
+        files = (p for p in self.prefix.rglob("*") if p.is_file() and "__pycache__" not in p.parts and ".patches" not in p.parts)
+        return {str(p.relative_to(self.prefix)): (p.read_bytes(), p.stat().st_mode) for p in files if p.name != "applied-patches.json"}
+
+    def sum(self):
+        """Return what toy.add(2, 1) gives in a fresh process of the environment."""
+        return int(
+            subprocess.run([self.python, "-c", "import toy; print(toy.add(2, 1))"], capture_output=True, text=True, check=True).stdout
+        )
+
+    def applied(self):
+        return json.loads((self.prefix / "applied-patches.json").read_text())
+
+    def unsound(self):
+        """Return the files that differ from what RECORD says of them, as `pip check` and uninstall would meet them."""
+        rows = list(csv.reader((self.info / "RECORD").read_text().splitlines()))
+        assert len(rows) == len({row[0] for row in rows})
+        hashed = [(path, told, int(size)) for path, told, size in rows if told]
+        return [
+            path for path, told, size in hashed if (data := (self.site / path).read_bytes()) and (spelled(data), len(data)) != (told, size)
+        ]
+
+
+def spelled(data):
+    return "sha256=" + base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode().rstrip("=")
+
+
+def sha(text):
+    return "-" if text is None else hashlib.sha256(text.encode()).hexdigest()
+
+
+def diff(path, old, new):
+    lines = difflib.unified_diff(
+        (old or "").splitlines(True), new.splitlines(True), f"a/{path}" if old is not None else "/dev/null", f"b/{path}"
+    )
+    return "".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n" for line in lines)
+
+
+def patch_text(changes, **fields):
+    """Return a patch file. `changes`: {path: (old text or None, new text)}; `fields` overrule the header's (X_Env=…)."""
+    header = {"Description": "add adds", "Origin": "vendor", "Forwarded": "no", "X-Package": "toy", "X-Versions": ">=1,<2", "X-Env": "any"}
+    header |= {name.replace("_", "-"): value for name, value in fields.items()}
+    hashes = "".join(f" {path} {sha(old)} {sha(new)}\n" for path, (old, new) in changes.items())
+    lines = "".join(f"{name}: {value}\n" for name, value in header.items() if value is not None)
+    return f"{lines}X-Sha256:\n{hashes}" + "".join(diff(path, *pair) for path, pair in changes.items())
+
+
+def folder_of(path, **patches):
+    """Write a folder of patches of toy: {slug: text}, numbered in order; return it."""
+    shutil.rmtree(path, ignore_errors=True)
+    (path / "toy").mkdir(parents=True)
+    names = [f"toy/{number:04}-{slug}.patch" for number, slug in enumerate(patches, 1)]
+    for name, text in zip(names, patches.values(), strict=True):
+        (path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    (path / "series").write_text("# in this order\n" + "".join(f"{name}\n" for name in names))
+    return path
+
+
+@pytest.fixture
+def toy(tmp_path):
+    return Toy(tmp_path / "env")
+
+
+@pytest.fixture
+def tool(run_script):
+    def run(command, env, patches, *more, **kwargs):
+        done = run_script("patch_packages.py", command, "--python", env.python, "--patches", patches, *more, **kwargs)
+        assert "Traceback" not in done.stderr, done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture
+def states(tool):
+    def run(env, patches):
+        return [row["state"] for row in json.loads(tool("status", env, patches, "--json").stdout)["patches"]]
+
+    return run
+
+
+TWO = {"toy/sums.py": (MINUS, PLUS), "toy/names.txt": (SOURCE["toy/names.txt"], "one\nTWO\nthree\nlast line has no end")}
+NEW = {"toy/more.py": (None, "MORE = 1\n")}
+
+
+def test_apply_again_and_revert(toy, tool, states, tmp_path):
+    patches = folder_of(
+        tmp_path / "patches",
+        plus=patch_text(TWO),
+        twice=patch_text({"toy/sums.py": (PLUS, PLUS.replace("add(a, a)", "2 * a"))}),
+        new=patch_text(NEW),
+    )
+    (toy.site / "toy/names.txt").chmod(0o640)
+    before, names = toy.tree(), ["toy/0001-plus", "toy/0002-twice", "toy/0003-new"]
+    assert toy.sum() == 1 and states(toy, patches) == ["applicable"] * 3
+    assert toy.tree() == before, "status changed something"
+    done = tool("apply", toy, patches)
+    assert done.returncode == 0 and [line.split()[:2] for line in done.stdout.splitlines()] == [["applied", name] for name in names]
+    assert toy.sum() == 3 and (toy.site / "toy/more.py").read_text() == "MORE = 1\n" and toy.unsound() == []
+    assert (toy.site / "toy/names.txt").read_text() == TWO["toy/names.txt"][1]
+    assert sorted(toy.applied()) == names and states(toy, patches) == ["applied"] * 3
+    after, stamps = toy.tree(), {p: p.stat().st_mtime_ns for p in toy.site.rglob("*") if p.is_file()}
+    assert tool("apply", toy, patches).returncode == 0
+    assert toy.tree() == after and stamps == {p: p.stat().st_mtime_ns for p in stamps}
+    assert tool("revert", toy, patches).returncode == 0
+    assert toy.tree() == before and toy.sum() == 1 and toy.applied() == {} and states(toy, patches) == ["applicable"] * 3
+    assert tool("revert", toy, patches).returncode == 0 and toy.tree() == before
+
+
+def test_stale_bytecode_is_not_run(toy, tool, tmp_path):
+    """Python takes a .pyc for good when the source's time and size are those noted in it; the patch changes neither here."""
+    target = toy.site / "toy/sums.py"
+    subprocess.run([toy.python, "-m", "compileall", "-q", toy.site / "toy"], check=True)
+    times = target.stat().st_atime_ns, target.stat().st_mtime_ns
+    for command, result in (("apply", 3), ("revert", 1)):
+        assert tool(command, toy, folder_of(tmp_path / "patches", plus=patch_text(TWO))).returncode == 0
+        os.utime(target, ns=times)
+        assert toy.sum() == result, command
+        assert list((toy.site / "toy/__pycache__").glob("sums.*.pyc")), "not compiled anew"
+
+
+def test_hard_links_keep_their_content(toy, tool, tmp_path):
+    """uv links the files of an environment to its cache, and so to every other environment."""
+    other, patches = tmp_path / "other", folder_of(tmp_path / "patches", plus=patch_text(TWO), new=patch_text(NEW))
+    shutil.copytree(toy.site, other, copy_function=os.link)
+    before = {p: p.read_bytes() for p in other.rglob("*") if p.is_file()}
+    assert (toy.site / "toy/sums.py").stat().st_nlink == 2
+    for command in ("apply", "revert"):
+        assert tool(command, toy, patches).returncode == 0
+        assert {p: p.read_bytes() for p in other.rglob("*") if p.is_file() and "__pycache__" not in p.parts} == before
+
+
+def test_states_of_what_needs_nothing(toy, tool, states, tmp_path):
+    rows = {
+        "any": patch_text(TWO),
+        "range": patch_text(TWO, X_Versions="<1.2"),
+        "other": patch_text(TWO, X_Env="torch>=99"),
+        "cuda": patch_text(TWO, X_Env="cuda"),
+        "cpu": patch_text(NEW, X_Env="cpu; packaging>=20"),
+    }
+    patches = folder_of(tmp_path / "patches", **rows)
+    assert states(toy, patches) == ["applicable", "not-affected", "not-affected", "not-affected", "applicable"]
+    later = {
+        "toy/sums.py": PLUS + "# a later release\n",
+        "toy/names.txt": "zero\n" + TWO["toy/names.txt"][1],
+        "toy/more.py": "MORE = 1\n# 2\n",
+    }
+    toy.install(SOURCE | later, "1.9")
+    assert states(toy, patches) == ["upstream-fixed", "not-affected", "not-affected", "not-affected", "upstream-fixed"]
+    before = toy.tree()
+    assert tool("apply", toy, patches).returncode == 0 and toy.tree() == before
+    shutil.rmtree(toy.info)
+    assert states(toy, patches) == ["not-installed"] * 5 and tool("apply", toy, patches).returncode == 0
+
+
+@pytest.mark.parametrize("state, text", [("conflict", "a * b"), ("foreign-modified", "a - b  # mine")])
+def test_another_text_is_left_alone(toy, tool, states, tmp_path, state, text):
+    """The second patch does not fit: the first is not applied either."""
+    if state == "conflict":
+        toy.install(SOURCE | {"toy/sums.py": MINUS.replace("a - b", text)})
+    else:
+        (toy.site / "toy/sums.py").write_text(MINUS.replace("a - b", text))
+    patches = folder_of(tmp_path / "patches", new=patch_text(NEW), plus=patch_text(TWO))
+    before = toy.tree()
+    assert states(toy, patches) == ["applicable", state]
+    done = tool("apply", toy, patches)
+    assert done.returncode == 3 and "toy/0002-plus" in done.stderr and "toy/sums.py" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert toy.tree() == before
+
+
+def test_a_changed_series_replaces_the_old_one(toy, tool, states, tmp_path):
+    patches = folder_of(tmp_path / "patches", plus=patch_text(TWO), new=patch_text(NEW))
+    before = toy.tree()
+    assert tool("apply", toy, patches).returncode == 0
+    abs_sum = MINUS.replace("a - b", "abs(a + b)")
+    folder_of(patches, abs=patch_text({"toy/sums.py": (MINUS, abs_sum)}))
+    assert states(toy, patches) == ["applicable"] and tool("apply", toy, patches).returncode == 0
+    assert (toy.site / "toy/sums.py").read_text() == abs_sum and list(toy.applied()) == ["toy/0001-abs"]
+    assert not (toy.site / "toy/more.py").exists() and toy.unsound() == []
+    assert tool("revert", toy, patches).returncode == 0 and toy.tree() == before
+
+
+def test_a_reinstalled_package_is_patched_anew(toy, tool, states, tmp_path):
+    patches = folder_of(tmp_path / "patches", plus=patch_text(TWO))
+    assert tool("apply", toy, patches).returncode == 0
+    toy.install()
+    assert toy.sum() == 1 and states(toy, patches) == ["applicable"]
+    assert tool("apply", toy, patches).returncode == 0 and toy.sum() == 3
+    toy.install(version="1.3")
+    assert tool("revert", toy, patches).returncode == 0 and toy.applied() == {} and toy.sum() == 1
+
+
+def test_an_edit_on_top_of_a_patch_is_not_lost(toy, tool, tmp_path):
+    patches = folder_of(tmp_path / "patches", plus=patch_text(TWO))
+    assert tool("apply", toy, patches).returncode == 0
+    (toy.site / "toy/sums.py").write_text(PLUS + "# mine\n")
+    before = toy.tree()
+    for command in ("apply", "revert"):
+        done = tool(command, toy, patches)
+        assert done.returncode == 3 and "toy/sums.py" in done.stderr and toy.tree() == before
+
+
+def test_originals_that_were_lost(toy, tool, tmp_path):
+    patches = folder_of(tmp_path / "patches", plus=patch_text(TWO))
+    assert tool("apply", toy, patches).returncode == 0
+    before = toy.tree()
+    (toy.prefix / ".patches" / sha(MINUS)).write_text("damaged")
+    done = tool("revert", toy, patches)
+    assert done.returncode == 3 and "reinstall toy" in done.stderr and toy.tree() == before
+    (toy.prefix / "applied-patches.json").unlink()
+    done = tool("revert", toy, patches)
+    assert done.returncode == 3 and "reinstall toy" in done.stderr and toy.tree() == before
+    (toy.prefix / "applied-patches.json").write_text("{")
+    done = tool("revert", toy, patches)
+    assert done.returncode == 1 and "applied-patches.json" in done.stderr and toy.tree() == before
+
+
+def link_away(path, outside):
+    shutil.move(path, outside)
+    path.symlink_to(outside)
+
+
+def editable(toy, outside):
+    (toy.info / "direct_url.json").write_text(json.dumps({"url": "file:///src", "dir_info": {"editable": True}}))
+
+
+def borrowed(toy, outside):
+    shutil.copytree(toy.site, outside, ignore=shutil.ignore_patterns("*.pth"))
+    shutil.rmtree(toy.site / "toy")
+    shutil.rmtree(toy.info)
+    (toy.site / "outside.pth").write_text(f"{outside}\n")
+
+
+def without(row):
+    def change(toy, outside):
+        lines = (toy.info / "RECORD").read_text().splitlines(keepends=True)
+        (toy.info / "RECORD").write_text("".join(line for line in lines if not line.startswith(row)))
+
+    return change
+
+
+REFUSALS = {
+    "editable": editable,
+    "outside": borrowed,
+    "RECORD does not name": without("toy/sums.py"),
+    "no RECORD": lambda toy, outside: (toy.info / "RECORD").unlink(),
+    "a link": lambda toy, outside: link_away(toy.site / "toy/sums.py", outside),
+    "behind a link": lambda toy, outside: link_away(toy.site / "toy", outside),
+    "no regular file": lambda toy, outside: ((toy.site / "toy/sums.py").unlink(), os.mkfifo(toy.site / "toy/sums.py")),
+}
+
+
+@pytest.mark.parametrize("why", REFUSALS)
+def test_refused_targets(toy, tool, states, tmp_path, why):
+    outside, patches = tmp_path / "outside", folder_of(tmp_path / "patches", plus=patch_text(TWO))
+    REFUSALS[why](toy, outside)
+    kept = {p: p.read_bytes() for p in outside.rglob("*") if p.is_file()} or (outside.read_bytes() if outside.is_file() else None)
+    before = toy.tree()
+    assert states(toy, patches) == ["conflict"]
+    done = tool("apply", toy, patches)
+    assert done.returncode == 3 and why in done.stderr and len(done.stderr.splitlines()) == 1
+    assert toy.tree() == before
+    assert kept == ({p: p.read_bytes() for p in outside.rglob("*") if p.is_file()} or (outside.read_bytes() if outside.is_file() else None))
+
+
+def test_crlf_is_not_touched(toy, tool, states, tmp_path):
+    """A file with CRLF ends is another text than the patch was made for, and a patch with them is damaged."""
+    toy.install(SOURCE | {"toy/sums.py": MINUS.replace("\n", "\r\n")})
+    before, patches = toy.tree(), folder_of(tmp_path / "patches", plus=patch_text(TWO))
+    assert states(toy, patches) == ["conflict"] and tool("apply", toy, patches).returncode == 3
+    done = tool("apply", toy, folder_of(patches, plus=patch_text(TWO).replace("\n", "\r\n")))
+    assert done.returncode == 1 and "LF line ends" in done.stderr and toy.tree() == before
+
+
+def test_a_record_with_crlf_ends_and_without_a_last_end_comes_back(toy, tool, tmp_path):
+    record = toy.info / "RECORD"
+    record.write_bytes(record.read_bytes().replace(b"\n", b"\r\n").removesuffix(b"\r\n"))
+    before, patches = toy.tree(), folder_of(tmp_path / "patches", plus=patch_text(TWO), new=patch_text(NEW))
+    assert tool("apply", toy, patches).returncode == 0 and toy.unsound() == []
+    assert tool("revert", toy, patches).returncode == 0 and toy.tree() == before
+
+
+def no_longer_above_permissions():
+    """Take from root, in a child process, the right to write where the mode forbids it (CAP_DAC_OVERRIDE)."""
+    ctypes.CDLL(None).prctl(24, 1)  # PR_CAPBSET_DROP
+
+
+def test_read_only_packages(toy, tmp_path):
+    """The sentence names the folder and the ways out."""
+    patches = folder_of(tmp_path / "patches", plus=patch_text(TWO))
+    before, command = toy.tree(), [sys.executable, SCRIPT, "apply", "--python", toy.python, "--patches", patches]
+    for folder in (toy.site / "toy", toy.info, toy.prefix):
+        folder.chmod(0o555)
+        done = subprocess.run(command, capture_output=True, text=True, preexec_fn=no_longer_above_permissions)
+        folder.chmod(0o755)
+        assert done.returncode == 3 and f"{folder} is read-only" in done.stderr and "environment of your own" in done.stderr, done.stderr
+        assert len(done.stderr.splitlines()) == 1 and toy.tree() == before
+
+
+def test_two_at_once(toy, tmp_path):
+    patches = folder_of(tmp_path / "patches", plus=patch_text(TWO), new=patch_text(NEW))
+    command = [sys.executable, SCRIPT, "apply", "--python", toy.python, "--patches", patches]
+    running = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    assert [(p.communicate()[1], p.returncode) for p in running] == [("", 0)] * 4
+    assert toy.sum() == 3 and toy.unsound() == [] and len(toy.applied()) == 2
+
+
+def killed(load_script, steps, *words):
+    """Run the tool in a child process that is killed (-9) before its call number `steps` that moves or removes a file."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    calls = itertools.count()
+
+    def dying(call):
+        return lambda *args: os.kill(os.getpid(), signal.SIGKILL) if next(calls) == steps else call(*args)
+
+    try:
+        sys.argv = ["patch_packages.py", *map(str, words)]
+        os.replace, os.unlink, sys.stdout = dying(os.replace), dying(os.unlink), open(os.devnull, "w")
+        os._exit(load_script("patch_packages.py").main())
+    finally:
+        os._exit(99)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["apply", "revert"])
+def test_killed_at_every_step(toy, tool, load_script, tmp_path, command):
+    """After kill -9 at any step `status` finds the package wholly old or wholly new, and the command then ends its work."""
+    patches = folder_of(tmp_path / "patches", both=patch_text(TWO | NEW))
+    subprocess.run([toy.python, "-m", "compileall", "-q", toy.site / "toy"], check=True)
+    trees = {"applicable": toy.tree()}
+    if command == "revert":
+        tool("apply", toy, patches)
+    start, seen = tmp_path / "start", []
+    shutil.copytree(toy.prefix, start, symlinks=True)
+    tool(command, toy, patches)
+    trees |= {"applied": toy.tree() if command == "apply" else Toy.tree(SimpleNamespace(prefix=start))}
+    end = {"apply": trees["applied"], "revert": trees["applicable"]}[command]
+    for steps in itertools.count():
+        shutil.rmtree(toy.prefix)
+        shutil.copytree(start, toy.prefix, symlinks=True)
+        code = killed(load_script, steps, command, "--python", toy.python, "--patches", patches)
+        seen.append(tool("status", toy, patches).stdout.split()[0])
+        assert toy.tree() == trees[seen[-1]], f"half-done after {steps} steps"
+        noted = toy.applied() if (toy.prefix / "applied-patches.json").exists() else {}
+        assert list(noted) == ["toy/0001-both"] * (seen[-1] == "applied")
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        assert tool(command, toy, patches).returncode == 0 and toy.tree() == end
+    print(f"{command}: killed at each of {steps} steps")
+    assert steps > 12 and set(seen) == {"applied", "applicable"}
+
+
+def test_a_dead_run_does_not_spoil_a_package_that_was_reinstalled(toy, tool, load_script, tmp_path):
+    patches = folder_of(tmp_path / "patches", plus=patch_text(TWO))
+    assert killed(load_script, 6, "apply", "--python", toy.python, "--patches", patches) == -signal.SIGKILL
+    assert (toy.prefix / ".patches/journal.json").exists()
+    toy.install({path: text + "\n# 3\n" for path, text in SOURCE.items()}, "3.0")
+    before = toy.tree()
+    assert tool("status", toy, patches).returncode == 0 and toy.tree() == before
+    assert not (toy.prefix / ".patches/journal.json").exists()
+
+
+def hostile_patches():
+    """Yield (what is wrong, patch file) of everything that must be refused."""
+    good = patch_text(TWO)
+    paths = [
+        "../toy/sums.py",
+        "toy/../../evil.py",
+        "/etc/evil",
+        "toy//sums.py",
+        "./toy/sums.py",
+        "toy/.hidden",
+        "toy\\sums.py",
+        "C:/evil.py",
+    ]
+    paths += [
+        "toy/sums.py/",
+        "",
+        " ",
+        "toy/su ms.py",
+        "toy/\x1b[31m.py",
+        "toy/sums.py\t2024-01-01",
+        "~/evil.py",
+        "toy/söms.py",
+        "nottoy/evil.py",
+    ]
+    paths += [
+        "toy-1.2.dist-info/RECORD",
+        "toy-1.2.dist-info/METADATA",
+        "evil/evil.py",
+        "bin/python",
+        "toy/sub/new.py",
+        "packaging.pth/x.py",
+    ]
+    for path in paths:
+        yield f"a new file {path!r}", patch_text({path: (None, "EVIL = 1\n")})
+        yield f"a change of {path!r}", patch_text({path: (MINUS, PLUS)})
+    for name in ("Description", "Origin", "Forwarded", "X_Package", "X_Versions", "X_Env"):
+        yield f"no {name}", patch_text(TWO, **{name: None})
+        yield f"an empty {name}", patch_text(TWO, **{name: ""})
+    yield "the header twice", good.partition("X-Sha256")[0] + good
+    for name, value in (
+        ("X_Package", "other"),
+        ("X_Package", "../toy"),
+        ("X_Versions", "new"),
+        ("X_Versions", ">=1;import os"),
+        ("X_Env", "gpu >"),
+        ("X_Env", "any;;"),
+    ):
+        yield f"{name}: {value}", patch_text(TWO, **{name: value})
+    yield "an unknown field", patch_text(TWO, X_Run="rm -rf /")
+    yield "an empty file", ""
+    yield "a binary file", bytes(range(256)) * 64
+    yield "UTF-16", good.encode("utf-16")
+    yield "Latin-1", good.replace("add adds", "addé").encode("latin-1")
+    yield "a lone surrogate", good.encode().replace(b"add adds", b"\xed\xa0\x80")
+    yield "a NUL", good.replace("a + b", "a +\0b")
+    yield "CRLF", good.replace("\n", "\r\n")
+    yield "CR in one hunk line", good.replace("a + b\n", "a + b\r\n")
+    yield "two megabytes", good + "\n" * (2 << 20)
+    yield "only a header", good.partition("--- a/")[0]
+    yield "only a diff", "--- a/" + good.partition("--- a/")[2]
+    yield "mail around it", "From 1234 Mon Sep 17 00:00:00 2001\n" + good
+    yield "git's lines", good.replace("--- a/toy/sums.py", "diff --git a/toy/sums.py b/toy/sums.py\n--- a/toy/sums.py")
+    yield "a signature", good + "-- \n2.39.0\n"
+    yield "a removed file", good.replace("+++ b/toy/sums.py", "+++ /dev/null")
+    yield "a rename", good.replace("+++ b/toy/sums.py", "+++ b/toy/other.py")
+    yield "a file twice", good + diff("toy/sums.py", MINUS, PLUS)
+    yield "a file without a hunk", good + "--- a/toy/__init__.py\n+++ b/toy/__init__.py\n"
+    yield "a file that X-Sha256 does not name", good + diff("toy/__init__.py", SOURCE["toy/__init__.py"], "EVIL = 1\n")
+    yield (
+        "a hash for a file that the diff does not have",
+        good.replace("--- a/toy", f" toy/__init__.py {'0' * 64} {'1' * 64}\n--- a/toy", 1),
+    )
+    yield "another hash after", good.replace(sha(PLUS), "0" * 64)
+    yield "another hash before", good.replace(sha(MINUS), "0" * 64)
+    yield "a hash in capitals", good.replace(sha(PLUS), sha(PLUS).upper())
+    yield "hashes cut", good.replace(sha(PLUS), sha(PLUS)[:32])
+    yield "a hash for no file", good.replace(sha(MINUS), "-")
+    yield "one that changes nothing", patch_text({"toy/sums.py": (MINUS, MINUS)}) + diff("toy/sums.py", MINUS, PLUS)
+    yield "other context", good.replace(" def add(a, b):", " def odd(a, b):")
+    yield "context without its blank", good.replace(" def add(a, b):", "def add(a, b):")
+    yield "hunks two lines lower", good.replace("@@ -2,", "@@ -4,")
+    yield "a hunk at line 9999999", good.replace("@@ -2,", "@@ -9999999,")
+    yield "a line number of 400 digits", good.replace("@@ -2,", f"@@ -{'9' * 400},")
+    yield "a negative line number", good.replace("@@ -2,", "@@ --2,")
+    yield "a longer count", good.replace("@@ -2,7 +2,7 @@", "@@ -2,8 +2,8 @@")
+    yield "a shorter count", good.replace("@@ -2,7 +2,7 @@", "@@ -2,6 +2,6 @@")
+    yield "uneven counts", good.replace("@@ -2,7 +2,7 @@", "@@ -2,7 +2,2 @@")
+    yield "counts of nothing", good.replace("@@ -2,7 +2,7 @@", "@@ -2,0 +2,0 @@")
+    yield "no end of line on the last line", good.rstrip("\n")
+    yield "another word for a missing end", good.replace("\\ No newline at end of file", "\\ rm")
+
+
+def damaged_patches():
+    """Yield (damage, patch file): 150 cut, flipped, doubled or shuffled copies of a good patch, the same in each run."""
+    chance, good = random.Random(5), patch_text(TWO | NEW).encode()
+    lines = good.splitlines(keepends=True)
+    for _ in range(30):
+        cut, at = chance.randrange(len(good)), chance.randrange(len(good))
+        one, other = sorted(chance.sample(range(len(lines)), 2))
+        yield f"cut at {cut}", good[:cut]
+        yield f"bit of byte {at}", good[:at] + bytes([good[at] ^ 1 << chance.randrange(8)]) + good[at + 1 :]
+        yield f"without line {one}", b"".join(lines[:one] + lines[one + 1 :])
+        yield f"line {one} twice", b"".join(lines[: one + 1] + lines[one:])
+        yield (
+            f"lines {one}, {other} swapped",
+            b"".join([*lines[:one], lines[other], *lines[one + 1 : other], lines[one], *lines[other + 1 :]]),
+        )
+
+
+def test_hostile_and_damaged_patches(toy, load_script, tmp_path, monkeypatch, capsys):
+    """One sentence and exit code 1 or 3; nothing written in the environment or beside it, half or whole. A damage that hits only the
+    words of a header may leave a sound patch: then that is applied, to the byte."""
+    module, patches, outcomes = load_script("patch_packages.py"), tmp_path / "patches", []
+    (tmp_path / "outside").mkdir()
+    before, aside = toy.tree(), sorted(tmp_path.iterdir())
+    subprocess.run(
+        [sys.executable, SCRIPT, "apply", "--python", toy.python, "--patches", folder_of(patches, good=patch_text(TWO | NEW))], check=True
+    )
+    whole = toy.tree()
+    for kind, cases in (("hostile", hostile_patches()), ("damaged", damaged_patches())):
+        for what, text in cases:
+            folder_of(patches, good=patch_text(TWO))
+            monkeypatch.setattr(sys, "argv", ["", "revert", "--python", str(toy.python), "--patches", str(patches)])
+            if toy.tree() != before:
+                assert module.main() == 0 and toy.tree() == before
+            folder_of(patches, case=text)
+            monkeypatch.setattr(sys, "argv", ["", "apply", "--python", str(toy.python), "--patches", str(patches)])
+            capsys.readouterr()
+            try:
+                code = module.main()
+            except SystemExit as end:
+                code, message = 1, end.code
+            else:
+                message = capsys.readouterr().err.rstrip("\n")
+            assert toy.tree() == (before if code else whole) or (code == 0 and toy.tree() == before), what
+            assert code in (1, 3) or (kind == "damaged" and code == 0), f"{what}: accepted"
+            if code:
+                assert message.startswith("patch_packages: ") and "\n" not in message and len(message) < 600, f"{what}: {message!r}"
+            outcomes.append((kind, code))
+    assert sorted(p for p in tmp_path.iterdir() if p != patches) == aside and not list((tmp_path / "outside").iterdir())
+    counted = {key: outcomes.count(key) for key in sorted(set(outcomes))}
+    with capsys.disabled():
+        print(f"\ntried {len(outcomes)} hostile or damaged patches: {counted}")
+    assert sum(kind == "hostile" for kind, _ in outcomes) > 60 and len(outcomes) > 200
+
+
+@pytest.mark.parametrize(
+    "series, word",
+    [
+        ("toy/0001-a.patch\n", "toy/0001-a.patch"),
+        ("", "toy/0001-plus.patch"),
+        ("../x.patch\n", "patch"),
+        (None, "series"),
+        ("\xff", "series"),
+    ],
+)
+def test_a_series_that_does_not_fit_its_folder(toy, tool, tmp_path, series, word):
+    patches = folder_of(tmp_path / "patches", plus=patch_text(TWO))
+    (patches / "series").unlink() if series is None else (patches / "series").write_bytes(series.encode("latin-1"))
+    done = tool("apply", toy, patches)
+    assert done.returncode == 1 and word in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("python", ["/nonexistent/python", "/bin/true", "/bin/cat", "/etc/passwd"])
+def test_an_interpreter_that_is_none(run_script, tmp_path, python):
+    done = run_script("patch_packages.py", "status", "--python", python, "--patches", folder_of(tmp_path / "patches", plus=patch_text(TWO)))
+    assert done.returncode == 1 and python in done.stderr and "--python" in done.stderr and len(done.stderr.splitlines()) == 1
