@@ -118,12 +118,12 @@ $(call done,kb): $(R)/kb.yaml $(call newer,kb) | $(ENVIRONMENT)
 
 ask: $(call done,kb) ## cited answer to Q, or to a log on standard input; by the server at PORT if one is up
 	@$(PYTHON) scripts/answer_errors.py --config $(R)/ask.yaml --uri $(OUT)/kb/errors.db --llm-url http://127.0.0.1:$(PORT)/v1 "$${Q:--}"
-$(call done,ask): $(R)/ask.yaml $(R)/serve.yaml $(call done,kb) $(call done,sft) | $(ENVIRONMENT)
+$(call done,ask): $(R)/ask.yaml $(call newer,ask) $(R)/serve.yaml $(call done,kb) $(call done,sft) | $(ENVIRONMENT)
 	@echo "== ask" >&2; $(PYTHON) scripts/serve_vllm.py --config $(R)/serve.yaml --model $(OUT)/sft --port $(PORT) --then "$(PYTHON) \
 	  scripts/answer_errors.py --config $(R)/ask.yaml --uri $(OUT)/kb/errors.db --output $(@D) --overwrite"
 
 eval-kb: $(call done,kb) ## recall, MRR and latency of the retrieval, against BM25 and plain dense
-	@$(PYTHON) scripts/evaluate_retrieval.py --records data/sample/errors/records.jsonl --queries data/sample/errors/queries.jsonl
+	@$(PYTHON) scripts/evaluate_retrieval.py --uri $(OUT)/kb/errors.db --queries data/sample/errors/queries.jsonl
 
 $(R)/%.yaml:
 	@echo "$@ does not exist, and this stage reads its settings there; copy recipes/demo/$(@F) and edit it" >&2; exit 2

@@ -1,0 +1,591 @@
+#!/usr/bin/env -S uv run --script
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["openai>=3", "pymilvus>=3", "pyyaml>=6", "sentence-transformers>=5", "tqdm>=4.66"]
+# ///
+"""Answer an error message, a traceback or a log from the knowledge base, in the question's language, with the records that prove it.
+
+Usage:
+    python scripts/answer_errors.py --uri kb/errors.db "No available memory for the cache blocks"
+    python scripts/answer_errors.py --uri kb/errors.db --no-llm < train.log
+    python scripts/answer_errors.py --uri kb/errors.db --input questions.jsonl --output /tmp/answers
+    make ask Q="…"
+
+Reads   the collection of load_milvus.py; QUESTION, --file or standard input; with --output, --input of {"id", "question", "expect"?}.
+Writes  the answer on standard output; with --output: OUTPUT/answers.jsonl, then OUTPUT/manifest.json, last.
+Exit    0 answered, or not in the knowledge base; 1 failed; 2 bad usage; 3 refused: another embedding model, or OUTPUT holds another run.
+Needs   CPU, 1 GB of memory; an OpenAI-compatible server (serve_vllm.py), or --no-llm.
+
+Each line of a paste is searched by words (BM25), because an embedding of a whole log is one of its noise. A line's score for a record is
+its BM25 score times the square root of the share of the record's words in it, half as much again when it names an exception; the best
+line counts. The cosine of that line and the record is added. Pasted text and records are data: only ids that were in the prompt are
+left in the answer, and an answer without any is replaced by the fix of the best record, which is said.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import logging
+import os
+import platform
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+from tqdm import tqdm
+
+SYSTEM = (
+    "Answer from the records below. Cite the id of each record you use in square brackets, for example [E0012]. "
+    "If no record fits, say that it is not in the knowledge base."
+)
+PROMPT_RECORDS, PROMPT_CHARS, MAX_TOKENS = 3, 900, 200  # a small model with a window of 2,048 tokens copes with these
+CANDIDATES = 20  # records a search brings back
+MAX_LINES, MAX_LINE = 256, 2000  # lines of a paste that are searched, and characters of each
+TAIL = 4_000_000  # bytes of a file that are read, from its end
+LEVEL = re.compile(r"\b(TRACE|DEBUG|INFO|WARN(?:ING)?|ERROR|CRITICAL|FATAL)\b")
+EXCEPTION = re.compile(r"\b\w*(?:Error|Exception|Interrupt|Exit|Failure)\b")
+CHINESE = re.compile(r"[\u3400-\u9fff]")
+BRACKETS = re.compile(r"\[([^\[\]\n]{1,120})\]")
+UNKNOWN = re.compile(r"not (?:\w+ )?in the knowledge base|知识库(?:中|里)?没有|不在知识库", re.I)
+# What we say ourselves, in the question's language: unknown, not cited, no fix, records
+WORDS = {
+    "en": (
+        "This is not in the knowledge base. The nearest records:",
+        "The model cites no record; the best match says:",
+        "(no fix)",
+        "Records:",
+    ),
+    "zh": ("知识库中没有这个错误。最接近的记录：", "模型没有引用记录；最匹配的记录给出的办法：", "（没有记录解决办法）", "记录："),
+}
+
+
+# >>> snippet: config_argv
+def config_argv(parser, argv):
+    """Expand `--config FILE.yaml` into flags placed before argv: argparse checks them and the command line wins."""
+    at = next((i for i, word in enumerate(argv) if word.split("=")[0] == "--config"), None)
+    path = "" if at is None else argv[at].partition("=")[2] or " ".join(argv[at + 1 : at + 2])
+    if not path:
+        return argv
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        unknown = [key for key in recipe if f"--{key}" not in parser._option_string_actions]
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        parser.error(f"{path}: not a recipe (flat `flag: value` lines): {' '.join(str(error).split())}")
+    if unknown:
+        parser.error(f"{path}: unknown key {unknown[0]!r}; --help lists the keys, without their dashes")
+    flags = [[f"--{k}", *map(str, v)] for k, v in recipe.items() if isinstance(v, list)]
+    flags += [[f"--{k}" if v else f"--no-{k}"] for k, v in recipe.items() if isinstance(v, bool)]
+    flags += [[f"--{k}={v}"] for k, v in recipe.items() if v is not None and not isinstance(v, (list, bool))]
+    return [word for flag in flags for word in flag] + [f"--config={path}"] + argv
+
+
+# <<<
+
+
+# >>> snippet: write_atomic
+@contextlib.contextmanager
+def write_atomic(path, mode="wb"):
+    """Yield a file that takes the place of `path`, fsynced, when the block ends well; else `path` stays as it was."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# <<<
+
+
+# >>> snippet: stage_run
+class Run:
+    """One run of a stage: exits 0 when OUTPUT holds it already, 3 when it holds something else; the manifest comes last."""
+
+    def __init__(self, stage, args, inputs, ignore=()):
+        """`inputs`: files and folders that decide the result; `ignore`: names of settings that do not."""
+        self.output, self.start, self.digests = Path(args.output), time.time(), {}
+        skip = {"config", "output", "overwrite", *ignore}
+        found = [f for p in map(Path, inputs) for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]
+        files = [(str(f), f.stat()) for f in found if f.name != "manifest.json" and not f.name.startswith(".")]
+        self.record = {"schema_version": 1, "stage": stage, "argv": sys.argv}
+        self.record["settings"] = json.loads(json.dumps({k: v for k, v in vars(args).items() if k not in skip}, default=str))
+        self.record["inputs"] = [{"path": p, "bytes": s.st_size, "mtime_ns": s.st_mtime_ns} for p, s in files]
+        done, begun = self.output / "manifest.json", self.output / ".begun.json"
+        held = next((p for p in (done, begun) if p.exists()), None)
+        difference = held and self.difference(json.loads(held.read_text(encoding="utf-8")))
+        if held == done and not difference:
+            os.utime(done)
+            sys.exit(print(f"{stage}: up to date, {self.output}", file=sys.stderr))
+        foreign = held is None and self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir()))
+        if foreign or (difference and not args.overwrite):
+            why = f"another run ({difference}); --overwrite puts it aside" if difference else "something that no stage wrote"
+            print(f"{stage}: {self.output} holds {why}, or name another folder", file=sys.stderr)
+            sys.exit(3)
+        if difference:
+            aside = f"{self.output}.old-{time.strftime('%Y%m%d-%H%M%S', time.localtime(held.stat().st_mtime))}"
+            os.replace(self.output, aside)
+            print(f"{stage}: {difference}; the old run is now {aside}", file=sys.stderr)
+        with write_atomic(begun, "w") as file:
+            json.dump(self.record, file, ensure_ascii=False)
+
+    def sha256(self, path):
+        """Return a file's SHA-256: the one noted in `digests` while the file was streamed, or else read now."""
+        if str(path) not in self.digests:
+            with open(path, "rb") as file:
+                self.digests[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
+        return self.digests[str(path)]
+
+    def difference(self, old):
+        """Name the first difference between a recorded run and this one; "" when there is none."""
+        for key in sorted(old["settings"].keys() | self.record["settings"].keys()):
+            was, now = (record["settings"].get(key) for record in (old, self.record))
+            if was != now:
+                return f"{key} was {was!r}, is {now!r}"
+        was, now = ({entry["path"]: entry for entry in record["inputs"]} for record in (old, self.record))
+        for path in sorted(was.keys() | now.keys()):
+            a, b = was.get(path), now.get(path)
+            if not (a and b and a["bytes"] == b["bytes"] and (a["mtime_ns"] == b["mtime_ns"] or a.get("sha256") == self.sha256(path))):
+                return f"input {path} changed"
+        return ""
+
+    def finish(self, summary, counts, metrics=None, records=None, packages=()):
+        """Write the manifest. `summary`: the stage's figure in a few words; `records`: record counts by file name;
+        `packages`: those used by child processes; those imported here are found."""
+
+        def entry(path):
+            return {"path": str(path), "bytes": path.stat().st_size, "sha256": self.sha256(path), "records": (records or {}).get(path.name)}
+
+        git = [
+            subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True, text=True).stdout.strip()
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+            if shutil.which("git")
+        ]
+        versions, torch, patches = {}, sys.modules.get("torch"), Path(sys.prefix, "applied-patches.json")
+        for name in {*packages, *(module.partition(".")[0] for module in sys.modules)} - sys.stdlib_module_names:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                versions[name] = importlib.metadata.version(name)
+        written = [f for f in sorted(self.output.rglob("*")) if f.is_file() and f.name != "manifest.json"]
+        written = [f for f in written if not any(part.startswith(".") for part in f.relative_to(self.output).parts)]
+        usage = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        hardware = {"machine": platform.machine(), "cpus": os.cpu_count(), "memory_bytes": memory}
+        hardware["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
+        self.record["inputs"] = [old | entry(Path(old["path"])) for old in self.record["inputs"]]
+        self.record |= {"outputs": [entry(f) for f in written], "summary": summary, "counts": counts, "metrics": metrics or {}}
+        self.record |= {"packages": versions, "patches": sorted(json.loads(patches.read_text())) if patches.exists() else []}
+        self.record |= {"git": {"commit": git[0] if git else "", "dirty": bool(git and git[1])}, "hardware": hardware}
+        self.record["seconds"] = round(time.time() - self.start, 3)
+        self.record["peak_rss_bytes"] = 1024 * max(usage)
+        with write_atomic(self.output / "manifest.json", "w") as file:
+            json.dump(self.record, file, ensure_ascii=False, indent=1)
+        (self.output / ".begun.json").unlink()
+        print(f"{self.record['stage']}: {summary}; {self.output}", file=sys.stderr)
+
+
+def run_main(main):
+    """Leave with main()'s exit code; an interrupt or a failing disk ends in one sentence, not in a traceback."""
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error.filename or 'output'}: {error.strerror or error}; mend that and run it again")
+
+
+# <<<
+
+
+def fail(sentence, code=1):
+    print(f"answer_errors: {sentence}", file=sys.stderr)
+    sys.exit(code)
+
+
+def search_lines(text):
+    """Return the lines of a paste worth searching, in order: none that is logged as INFO or DEBUG, each once whatever its digits,
+    and of a long log the exceptions first, then the latest."""
+    lines = {}
+    for line in text.splitlines():
+        level = LEVEL.search(line)
+        if line.strip() and (EXCEPTION.search(line) or not level or level[1] not in ("TRACE", "DEBUG", "INFO")):
+            lines[re.sub(r"\d+", "0", line.strip())] = line.strip()[:MAX_LINE]
+    lines = list(lines.values()) or [text.strip()[:MAX_LINE]]
+    latest = sorted(range(len(lines)), key=lambda at: (bool(EXCEPTION.search(lines[at])), at))[-MAX_LINES:]
+    return [lines[at] for at in sorted(latest)]
+
+
+def ids_in(bracket, known):
+    """Return the names in a bracket when one of them looks like a record's id, that is like one of `known` but for its digits; else []."""
+    names, shapes = re.split(r"[,;，；、\s]+", bracket.strip()), {re.sub(r"\d+", "0", name) for name in known}
+    return names if any(re.sub(r"\d+", "0", name) in shapes for name in names) else []
+
+
+def quote(text, known):
+    """Return text for the prompt with round brackets around what looks like a citation: it is data, and may not cite."""
+    return BRACKETS.sub(lambda match: f"({match[1]})" if ids_in(match[1], known) else match[0], text)
+
+
+def prompt(question, best, records):
+    """Return the messages for the model: the records, and of a long question the best line, what a person wrote, the exceptions."""
+    ids, lines = [record["id"] for record in records], search_lines(question)
+    order = sorted(lines, key=lambda line: (line != best, not CHINESE.search(line), not EXCEPTION.search(line)))
+    sizes = itertools.accumulate(len(line) for line in order)
+    kept = {order[0]} | {line for line, size in zip(order, sizes, strict=True) if size <= PROMPT_CHARS}
+    asked = "\n".join(line[:PROMPT_CHARS] for line in lines if line in kept)
+    told = []
+    for record in records:
+        error, fix = (quote(" ".join(record[name].split()), ids) for name in ("error", "fix"))
+        told.append(f"[{record['id']}] error: {error[:300]} | fix: {fix[:600]}\n")
+    user = f"Records:\n{''.join(told)}\nQuestion:\n{quote(asked, ids)}"
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}]
+
+
+def keep_known(pieces, known, cited):
+    """Yield a stream of text without citations of records that are not in `known`; append those that are to `cited`, each once."""
+
+    def check(match):
+        names = ids_in(match[1], known)
+        kept = [name for name in names if name in known]
+        cited.extend(name for name in dict.fromkeys(kept) if name not in cited)
+        return f"[{', '.join(kept)}]" if kept else "" if names else match[0]
+
+    held = ""
+    for piece in itertools.chain(pieces, [None]):
+        held += piece or ""
+        start = held.rfind("[")
+        whole = piece is None or start < 0 or "]" in held[start:] or len(held) - start > 120
+        end = len(held) if whole else start
+        yield BRACKETS.sub(check, held[:end])
+        held = held[end:]
+
+
+class KnowledgeBase:
+    """The collection of load_milvus.py, with the embedding model that it was made with."""
+
+    def __init__(self, uri, token, collection, embed_model):
+        """`embed_model`: in place of the collection's own, if that has moved; SystemExit 3 when its vectors are others."""
+        from pymilvus import MilvusClient
+        from pymilvus.exceptions import MilvusException
+
+        lite = "://" not in uri
+        if lite and not Path(uri).is_dir():
+            fail(f"{uri}: no such Milvus Lite database; load_milvus.py makes one (`make kb`)")
+        try:
+            self.client, self.collection = MilvusClient(uri, token=token), collection
+        except MilvusException as error:
+            if lite:
+                ways = f"`milvus-lite server --data-dir {uri} --host 127.0.0.1 --port 19530` and --uri http://127.0.0.1:19530"
+                fail(f"cannot open {uri}: another process has it open, or it is damaged; end that process, or let one serve it ({ways})")
+            fail(f"no Milvus answers at {uri} ({error.message}); start it, or look at the address and at --token")
+        made = self.client.describe_collection(collection)["properties"] if self.client.has_collection(collection) else {}
+        if "kb.embedder" not in made:
+            fail(f"{uri} has no collection {collection!r} of load_milvus.py but {self.client.list_collections()}; look at --collection")
+        name = embed_model or made["kb.embedder"]
+        self.pattern, self.embed = re.compile(made["kb.tokens"]), load_embedder(name)
+        theirs, ours = [float(x) for x in made["kb.fingerprint"].split()], self.embed([made["kb.probe"]])[0]
+        if str(len(ours)) != made["kb.dimension"] or any(abs(a - b) > 0.01 for a, b in zip(theirs, ours, strict=False)):
+            fail(f"{collection} holds vectors of {made['kb.embedder']}, and {name} gives others; leave --embed-model out", 3)
+        self.client.load_collection(collection)
+
+    def digest(self):
+        """Return a hash of all records' ids and contents."""
+        rows, digest = self.client.query_iterator(self.collection, batch_size=1000, output_fields=["id", "hash"]), hashlib.sha256()
+        while batch := rows.next():
+            digest.update(json.dumps([[row["id"], row["hash"]] for row in batch]).encode())
+        return digest.hexdigest()
+
+    def words(self, text):
+        return " ".join("".join(groups) for groups in self.pattern.findall(text) if any(groups)).lower()
+
+    def hits(self, field, data, limit=CANDIDATES):
+        """Return for each query a list of (id, score, search_text). Milvus Lite gives BM25 scores with a minus."""
+        if not data:
+            return []
+        found = self.client.search(self.collection, data=data, anns_field=field, limit=limit, output_fields=["search_text"])
+        return [[(hit["id"], abs(hit["distance"]), hit["entity"]["search_text"]) for hit in hits] for hits in found]
+
+    def search(self, text, limit):
+        """Return (records, best first, with `score` and `certainty` from 0 to 2; the line that found them; seconds of embedding)."""
+        lines = search_lines(text)
+        queries = {line: query for line in lines if (query := self.words(line))}
+        lexical, shares, best = {}, {}, (-1.0, lines[-1])
+        for (line, query), hits in zip(queries.items(), self.hits("sparse", list(queries.values())), strict=True):
+            said, weight = set(query.split()), 1.5 if EXCEPTION.search(line) else 1.0
+            for name, score, indexed in hits:
+                told = set(indexed.split())
+                share = len(said & told) / len(told)
+                score *= weight * share**0.5
+                if score > lexical.get(name, 0.0):
+                    lexical[name], shares[name] = score, share
+                best = max(best, (score, line))
+        start = time.perf_counter()
+        vector = self.embed([best[1]])[0]
+        seconds = time.perf_counter() - start
+        names = {name for name, _, _ in self.hits("vector", [vector.tolist()])[0]}
+        names |= set(sorted(lexical, key=lexical.get, reverse=True)[: 2 * CANDIDATES])
+        fields = ["id", "error", "cause", "fix", "package", "source", "meta", "vector"]
+        records = self.client.get(self.collection, ids=sorted(names), output_fields=fields)
+        most = max(lexical.values(), default=1.0) or 1.0
+        for record in records:
+            cosine = float(vector @ record.pop("vector"))
+            record["score"] = lexical.get(record["id"], 0.0) / most + cosine
+            record["certainty"] = shares.get(record["id"], 0.0) + cosine
+        return sorted(records, key=lambda record: (-record["score"], record["id"]))[:limit], best[1], seconds
+
+    def ranking(self, method, text, limit):
+        """Return ([id, labels] of the records that `method` finds, seconds of embedding): lines (ours), bm25 or dense (the whole text)."""
+        seconds = 0.0
+        if method == "lines":
+            records, _, seconds = self.search(text, limit)
+        elif method == "bm25":
+            names = [hit[0] for hits in self.hits("sparse", [self.words(text)], limit) for hit in hits]
+        else:
+            start = time.perf_counter()
+            vector = self.embed([text])[0].tolist()
+            seconds = time.perf_counter() - start
+            names = [hit[0] for hit in self.hits("vector", [vector], limit)[0]]
+        if method != "lines":
+            found = self.client.get(self.collection, ids=names, output_fields=["id", "meta"])
+            records = sorted(found, key=lambda record: names.index(record["id"]))
+        return [[record["id"], labels(record)] for record in records], seconds
+
+
+def labels(record):
+    """Return what a right answer may be named by: the record's id, its tags, its group."""
+    tags = record["meta"].get("tags", [])
+    return [record["id"], *([tags] if isinstance(tags, str) else tags), *filter(None, [record["meta"].get("group")])]
+
+
+def load_embedder(name):
+    """Return a function from texts to unit vectors, [texts, dimension]. `name`: a folder, a hub name, or package:NAME."""
+    path = name
+    if name.startswith("package:"):
+        package = importlib.util.find_spec(name.removeprefix("package:"))
+        roots = package.submodule_search_locations or [] if package else []
+        path = next((str(file.parent) for root in roots for file in sorted(Path(root).rglob("modules.json"))), name)
+    if Path(path).is_dir():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing to fetch, and some imports would ask the hub for kernels
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        model = SentenceTransformer(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        fail(f"no embedding model {name!r} ({reason}); give --embed-model the folder or package where the collection's model is now")
+    return lambda texts: model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+
+
+class NoModel(Exception):
+    """The model did not answer; the message says why, for a reader."""
+
+
+class Model:
+    """A chat model behind an OpenAI-compatible server."""
+
+    def __init__(self, url, name):
+        """`name`: None for the first that the server lists."""
+        import openai
+
+        self.error = openai.OpenAIError
+        timeout = openai.Timeout(600, connect=5)
+        self.client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=0, timeout=timeout)
+        try:
+            listed = self.client.models.list().data
+        except openai.OpenAIError as error:
+            raise NoModel(f"no model answers at {url} ({error}); `make serve` starts one, --no-llm does without") from error
+        self.card = next((card for card in listed if card.id == name), None if name else next(iter(listed), None))
+        if self.card is None:
+            raise NoModel(f"{url} serves {[card.id for card in listed]}, not {name!r}; look at --model")
+
+    def identity(self):
+        """Return what tells this model from a later one of the same name: its weights' time of change, where they are on this machine."""
+        root = Path(getattr(self.card, "root", None) or "")
+        return [self.card.id, max((file.stat().st_mtime_ns for file in root.glob("*.safetensors")), default=0) if root.name else 0]
+
+    def stream(self, messages):
+        """Yield the answer in pieces."""
+        try:
+            options = {"model": self.card.id, "temperature": 0, "max_tokens": MAX_TOKENS, "stream": True}
+            for chunk in self.client.chat.completions.create(messages=messages, **options):
+                if chunk.choices and chunk.choices[0].delta.content:
+                    yield chunk.choices[0].delta.content
+        except (self.error, OSError) as error:
+            raise NoModel(f"the model broke off ({' '.join(str(error).split())}); look at the server's log") from error
+
+
+def respond(question, base, model, top_k, threshold, say):
+    """Answer one question; pass each piece of text to `say` as soon as it is there. Return the answer as a dictionary:
+    `status` is answered, fallback (the model cited nothing), fix (no model was asked) or unknown (not in the knowledge base)."""
+    unknown, uncited, no_fix, heading = WORDS["zh" if CHINESE.search(question) else "en"]
+    records, line, _ = base.search(question, top_k)
+    said, cited = "", []
+    if not records or records[0]["certainty"] < threshold:
+        status = "unknown"
+    elif model is None:
+        status = "fix"
+    else:
+        shown = records[:PROMPT_RECORDS]
+        for piece in keep_known(model.stream(prompt(question, line, shown)), {record["id"] for record in shown}, cited):
+            said += piece
+            say(piece)
+        status = "answered" if cited else "unknown" if UNKNOWN.search(said) else "fallback"
+        say("\n\n" if said and not cited else "")
+    answer = said.strip()
+    if status == "unknown":
+        answer = unknown + "".join(f"\n- [{record['id']}] {record['error'].splitlines()[0][:160]}" for record in records)
+    elif not cited:
+        cited.append(records[0]["id"])
+        answer = f"{uncited + ' ' if model else ''}{records[0]['fix'] or no_fix} [{records[0]['id']}]"
+    say(answer if status != "answered" else "")
+    sources = [f"\n[{record['id']}] {record['source']}" for record in records if record["id"] in cited]
+    say("".join(["\n\n", heading, *sources, "\n"] if sources else "\n"))
+    return {"question": question, "status": status, "answer": answer, "cited": cited, "model_said": said.strip(), "records": records}
+
+
+def read_objects(paths, field):
+    """Return the objects of JSONL files, each with a text in `field`."""
+    entries = []
+    for path in paths:
+        if not Path(path).is_file():
+            fail(f"{path}: no such file; look at --input")
+        for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+            try:
+                entry = json.loads(line.decode()) if line.strip() else None
+                if entry is not None and not entry[field].strip():
+                    raise ValueError(f"{field!r} is empty")
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                fail(f"{path} line {number}: not a JSON object with a text in {field!r} ({error}); mend the line")
+            entries += [entry] if entry else []
+    return entries or fail(f"{', '.join(paths)}: empty; a line is a JSON object with a text in {field!r}")
+
+
+def read_question(args):
+    """Return the text to answer: QUESTION, the end of --file, or standard input."""
+    if args.file:
+        with open(args.file, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
+            text = file.read().decode(errors="replace")
+    elif args.question in (None, "-"):
+        if sys.stdin.isatty():
+            print("Paste the error or log, then Ctrl-D:", file=sys.stderr)
+        text = sys.stdin.buffer.read().decode(errors="replace")[-TAIL:]
+    else:
+        text = args.question
+    return text if text.strip() else fail("the question is empty; give QUESTION, --file LOG, or a log on standard input", 2)
+
+
+def answer_one(args, question, base, model):
+    """Print the answer as it comes, or as one JSON object."""
+    result = respond(question, base, model, args.top_k, args.threshold, lambda text: args.json or print(text, end="", flush=True))
+    if args.json:
+        print(json.dumps(result, ensure_ascii=False, indent=1))
+
+
+def answer_file(args, base, model):
+    """Answer the questions of --input into OUTPUT; a question's `expect` lists ids or tags of right records."""
+    questions = read_objects(args.input, "question")
+    args.model, args.base = model and model.identity(), base.digest()  # other answers may follow from another model or base
+    run = Run("ask", args, args.input, ignore=("uri", "llm_url", "token", "question", "file", "json", "rank"))
+    rows, first, expected = [], 0, 0
+    for entry in tqdm(questions, unit="question", disable=not sys.stderr.isatty()):
+        row = respond(entry["question"], base, model, args.top_k, args.threshold, lambda text: None)
+        if entry.get("expect"):
+            expected += 1
+            first += bool(row["records"] and set(labels(row["records"][0])) & set(entry["expect"]))
+        rows.append({"id": entry.get("id")} | row)
+    with write_atomic(run.output / "answers.jsonl", "w") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    counts = {"questions": len(rows)} | {s: sum(row["status"] == s for row in rows) for s in ("answered", "fallback", "fix", "unknown")}
+    metrics = {"cited": sum(bool(row["cited"]) for row in rows), "recall_at_1": round(first / expected, 4) if expected else None}
+    summary = f"{metrics['cited']} of {len(rows)} answers cite a record, {counts['answered']} of them by the model"
+    summary += f"; right record first: {first} of {expected}" if expected else ""
+    run.finish(summary, counts, metrics, {"answers.jsonl": len(rows)})
+
+
+def rank_file(args, base):
+    """Print for each query of --input one line with the ids that each method finds, labelled, and its milliseconds."""
+    for entry in tqdm(read_objects(args.input, "text"), disable=not sys.stderr.isatty()):
+        result = {"qid": entry.get("qid")}
+        for method in args.rank:
+            start = time.perf_counter()
+            found, embedding = base.ranking(method, entry["text"], args.top_k)
+            total = time.perf_counter() - start
+            result[method] = {"found": found, "search_ms": 1000 * (total - embedding), "embed_ms": 1000 * embedding}
+        print(json.dumps(result, ensure_ascii=False))
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(
+        prog="answer_errors.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("question", nargs="?", metavar="QUESTION", help="an error or question; - or nothing: standard input")
+    add("--file", metavar="LOG", help="a log to explain, in place of QUESTION")
+    add("--uri", default="errors.db", help="path of a Milvus Lite database, or http(s)://HOST:PORT (default: errors.db)")
+    add("--token", default=os.environ.get("MILVUS_TOKEN", ""), help="of a Milvus server (default: MILVUS_TOKEN)")
+    add("--collection", type=lambda name: name.replace("-", "_"), default="mcp_errors", metavar="NAME", help="default: mcp_errors")
+    add("--embed-model", metavar="MODEL", help="folder, hub name or package:NAME (default: the collection's)")
+    add("--llm-url", default=os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8051/v1"), metavar="URL", help="default: OPENAI_BASE_URL")
+    add("--model", default=os.environ.get("LLM_MODEL"), help="default: LLM_MODEL, or the first that the server lists")
+    add("--llm", action=argparse.BooleanOptionalAction, default=True, help="--no-llm: ask no model, give the best record's fix itself")
+    add("--top-k", type=int, default=5, metavar="N", help="records to retrieve (default: 5)")
+    add("--threshold", type=float, default=0.9, help="certainty, 0 to 2, below which it is not known (default: 0.9)")
+    add("--json", action=argparse.BooleanOptionalAction, default=False, help="print one JSON object")
+    add("--input", nargs="+", metavar="PATH", help="JSONL of questions, for --output; of queries {qid, text}, for --rank")
+    add("--output", metavar="DIR", help="answer the questions of --input into this folder")
+    add("--rank", nargs="+", choices=("lines", "bm25", "dense"), help="print what these ways of searching find for --input")
+    add("--config", metavar="FILE.yaml", help="recipe: flags as YAML, overruled by the command line")
+    add("--overwrite", action="store_true", help="put another run's OUTPUT aside")
+    return parser
+
+
+def main():
+    parser = build_parser()
+    args = parser.parse_args(config_argv(parser, sys.argv[1:]))
+    if args.token:  # the manifest records the command
+        sys.argv[:] = [word.replace(args.token, "…") for word in sys.argv]
+    batch = args.output or args.rank
+    if batch and not args.input:
+        parser.error("--output and --rank need --input")
+    question = None if batch else read_question(args)
+    logging.disable()  # the libraries log a traceback for every refused call; our sentence says it
+    warnings.simplefilter("ignore")
+    os.environ["GRPC_VERBOSITY"] = "NONE"
+    from pymilvus.exceptions import MilvusException
+
+    try:
+        base = KnowledgeBase(args.uri, args.token, args.collection, args.embed_model)
+        if args.rank:
+            rank_file(args, base)
+        elif args.output:
+            answer_file(args, base, Model(args.llm_url, args.model) if args.llm else None)
+        else:
+            answer_one(args, question, base, Model(args.llm_url, args.model) if args.llm else None)
+    except NoModel as error:
+        if batch:
+            fail(error)
+        print(f"answer_errors: {error}", file=sys.stderr)
+        answer_one(args, question, base, None)
+    except MilvusException as error:
+        fail(f"Milvus at {args.uri} refused or went away ({error.message}); mend that and ask again")
+
+
+if __name__ == "__main__":
+    run_main(main)
