@@ -91,7 +91,8 @@ class Run:
         self.record["inputs"] = [{"path": p, "bytes": s.st_size, "mtime_ns": s.st_mtime_ns} for p, s in files]
         done, begun = self.output / "manifest.json", self.output / ".begun.json"
         held = next((p for p in (done, begun) if p.exists()), None)
-        difference = held and self.difference(json.loads(held.read_text(encoding="utf-8")))
+        kept = any(f.is_file() and not f.name.startswith(".") for f in self.output.rglob("*"))
+        difference = held and kept and self.difference(json.loads(held.read_text(encoding="utf-8")))
         if held == done and not difference:
             os.utime(done)
             sys.exit(print(f"{stage}: up to date, {self.output}", file=sys.stderr))
@@ -128,11 +129,11 @@ class Run:
         return ""
 
     def finish(self, summary, counts, metrics=None, records=None, packages=()):
-        """Write the manifest. `summary`: the stage's figure in a few words; `records`: record counts by file name;
+        """Write the manifest. `summary`: the stage's figure in a few words; `records`: counts, of outputs by name, of inputs by path;
         `packages`: those used by child processes; those imported here are found."""
 
-        def entry(path):
-            return {"path": str(path), "bytes": path.stat().st_size, "sha256": self.sha256(path), "records": (records or {}).get(path.name)}
+        def entry(path, key):
+            return {"path": str(path), "bytes": path.stat().st_size, "sha256": self.sha256(path), "records": (records or {}).get(key)}
 
         git = [
             subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True, text=True).stdout.strip()
@@ -145,16 +146,16 @@ class Run:
                 versions[name] = importlib.metadata.version(name)
         written = [f for f in sorted(self.output.rglob("*")) if f.is_file() and f.name != "manifest.json"]
         written = [f for f in written if not any(part.startswith(".") for part in f.relative_to(self.output).parts)]
-        usage = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        own = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]  # ru_maxrss would begin at the parent's peak
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         hardware = {"machine": platform.machine(), "cpus": os.cpu_count(), "memory_bytes": memory}
         hardware["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
-        self.record["inputs"] = [old | entry(Path(old["path"])) for old in self.record["inputs"]]
-        self.record |= {"outputs": [entry(f) for f in written], "summary": summary, "counts": counts, "metrics": metrics or {}}
+        self.record["inputs"] = [old | entry(Path(old["path"]), old["path"]) for old in self.record["inputs"]]
+        self.record |= {"outputs": [entry(f, f.name) for f in written], "summary": summary, "counts": counts, "metrics": metrics or {}}
         self.record |= {"packages": versions, "patches": sorted(json.loads(patches.read_text())) if patches.exists() else []}
         self.record |= {"git": {"commit": git[0] if git else "", "dirty": bool(git and git[1])}, "hardware": hardware}
         self.record["seconds"] = round(time.time() - self.start, 3)
-        self.record["peak_rss_bytes"] = 1024 * max(usage)
+        self.record["peak_rss_bytes"] = 1024 * max(int(own), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
         with write_atomic(self.output / "manifest.json", "w") as file:
             json.dump(self.record, file, ensure_ascii=False, indent=1)
         (self.output / ".begun.json").unlink()
