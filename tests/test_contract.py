@@ -118,7 +118,11 @@ def test_snippets_are_the_ones_of_the_house(script):
     assert sync_snippets.synced(text) == text, "run `make snippets`"
 
 
-@pytest.mark.parametrize("script", [s for s in SCRIPTS if '"--config"' in s.read_text(encoding="utf-8")], ids=lambda path: path.name)
+# train_sft.py takes a native Axolotl file as its recipe; its own tests show what a bad one does
+RECIPE_READERS = [s for s in SCRIPTS if "config_argv(parser" in s.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("script", RECIPE_READERS, ids=lambda path: path.name)
 def test_a_recipe_that_is_no_recipe_is_a_usage_error(script, run_script, tmp_path):
     """A broken or unknown key ends with exit 2 and the recipe's name, before anything is written."""
     for text, word in (("no-such-key: 1\n", "no-such-key"), ("a: [1,\n", "line"), ("- just\n- a list\n", "recipe")):
@@ -133,11 +137,15 @@ def test_a_recipe_that_is_no_recipe_is_a_usage_error(script, run_script, tmp_pat
 
 
 def test_no_path_of_a_machine():
-    """Nothing that is committed names a folder of somebody's machine."""
+    """Nothing that is committed names a folder of somebody's machine, but for the tracebacks that are pasted as questions."""
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True).stdout.split("\0")
     for name in filter(None, tracked):
         path = ROOT / name
-        if path.suffix in {".py", ".sh", ".yaml", ".md", ".txt", ".cff", ".toml", ""} and path.is_file():
+        if (
+            not name.startswith(("data/sample/", "tests/test_load_milvus.py", "tests/test_answer_errors.py"))
+            and path.suffix in {".py", ".sh", ".yaml", ".md", ".txt", ".cff", ".toml", ""}
+            and path.is_file()
+        ):
             assert not re.search(r"/(?:home|root|Users)/\w", path.read_text(encoding="utf-8")), name
 
 
