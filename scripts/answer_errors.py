@@ -48,6 +48,7 @@ SYSTEM = (
     "If no record fits, say that it is not in the knowledge base."
 )
 PROMPT_RECORDS, PROMPT_CHARS, MAX_TOKENS = 3, 900, 200  # a small model with a window of 2,048 tokens copes with these
+NEAR = 0.75  # of the best record's certainty: one further off would only tempt a small model
 CANDIDATES = 20  # records a search brings back
 MAX_LINES, MAX_LINE = 256, 2000  # lines of a paste that are searched, and characters of each
 TAIL = 4_000_000  # bytes of a file that are read, from its end
@@ -442,7 +443,7 @@ def respond(question, base, model, top_k, threshold, say):
     elif model is None:
         status = "fix"
     else:
-        shown = records[:PROMPT_RECORDS]
+        shown = [record for record in records[:PROMPT_RECORDS] if record["certainty"] >= NEAR * records[0]["certainty"]]
         for piece in keep_known(model.stream(prompt(question, line, shown)), {record["id"] for record in shown}, cited):
             said += piece
             say(piece)
@@ -504,19 +505,21 @@ def answer_file(args, base, model):
     questions = read_objects(args.input, "question")
     args.model, args.base = model and model.identity(), base.digest()  # other answers may follow from another model or base
     run = Run("ask", args, args.input, ignore=("uri", "llm_url", "token", "question", "file", "json", "rank"))
-    rows, first, expected = [], 0, 0
+    rows, first, right, expected = [], 0, 0, 0
     for entry in tqdm(questions, unit="question", disable=not sys.stderr.isatty()):
         row = respond(entry["question"], base, model, args.top_k, args.threshold, lambda text: None)
         if entry.get("expect"):
             expected += 1
             first += bool(row["records"] and set(labels(row["records"][0])) & set(entry["expect"]))
+            right += any(set(labels(record)) & set(entry["expect"]) for record in row["records"] if record["id"] in row["cited"])
         rows.append({"id": entry.get("id")} | row)
     with write_atomic(run.output / "answers.jsonl", "w") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     counts = {"questions": len(rows)} | {s: sum(row["status"] == s for row in rows) for s in ("answered", "fallback", "fix", "unknown")}
     metrics = {"cited": sum(bool(row["cited"]) for row in rows), "recall_at_1": round(first / expected, 4) if expected else None}
     summary = f"{metrics['cited']} of {len(rows)} answers cite a record, {counts['answered']} of them by the model"
-    summary += f"; right record first: {first} of {expected}" if expected else ""
+    metrics["right_cited"] = right if expected else None
+    summary += f"; a right record found first {first}, cited {right} of {expected} times" if expected else ""
     run.finish(summary, counts, metrics, {"answers.jsonl": len(rows)})
 
 

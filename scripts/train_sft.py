@@ -203,7 +203,9 @@ def read_recipe(path):
             recipe["deepspeed"] = json.loads((path.parent / recipe["deepspeed"]).read_text(encoding="utf-8"))
         for plugin in recipe.get("plugins") or []:
             PluginManager.get_instance().register(plugin)
-    except (OSError, ImportError, yaml.YAMLError) as error:
+            if plugin not in PluginManager.get_instance().plugins:
+                raise ValueError(f"the plugin {plugin!r} cannot be imported; install it, or take it out")
+    except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"not an Axolotl recipe: {' '.join(str(error).split())}") from error
     schema = merge_input_args()[1]
     if unknown := unknown_keys(recipe, schema):
