@@ -373,7 +373,9 @@ def resolve(recipe, model, output, plugins):
     ours = {"base_model": model, "datasets": [dataset], "output_dir": str(work / "run"), "dataset_prepared_path": str(work / "prepared")}
     ours |= {"excess_length_strategy": "raise", "auto_resume_from_checkpoints": True, "tokenizer_save_jinja_files": False}
     ours |= {"plugins": plugins} if plugins else {}
-    return {"chat_template": "tokenizer_default"} | recipe | ours
+    # By itself Axolotl starts loader processes that read 256 batches ahead; after a kill they block on a full pipe for ever
+    defaults = {"chat_template": "tokenizer_default", "dataloader_num_workers": 0}
+    return defaults | recipe | ours
 
 
 def whole_checkpoints(folder):

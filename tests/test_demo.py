@@ -111,7 +111,7 @@ def test_nothing_is_left_running(demo):
 
 def test_the_language_model_has_learnt(demo):
     metrics = demo.manifest("pretrain")["metrics"]
-    assert metrics["last"]["loss"] < 0.8 * metrics["first"]["loss"], metrics
+    assert metrics["last"]["held_out_loss"] < 0.8 * metrics["first"]["held_out_loss"], metrics
 
 
 def test_logits_are_equal_and_vllm_decodes_the_same_tokens(demo):

@@ -357,6 +357,7 @@ def test_dry_run_prints_what_axolotl_gets(train, even):
     resolved = yaml.safe_load(result.stdout)
     assert resolved["plugins"] == ["train_sft.RankPlugin"] and resolved["datasets"][0]["train_on_eos"] == "turn"
     assert (resolved["excess_length_strategy"], resolved["chat_template"]) == ("raise", "tokenizer_default")
+    assert resolved["dataloader_num_workers"] == 0, "loader processes outlive a killed trainer"
     assert result.stdout.strip().endswith("--launcher torchrun -- --standalone --nproc_per_node 2") and not output.exists()
 
 
