@@ -259,7 +259,7 @@ def test_file_of_questions(answer, server, load_script, tmp_path):
     answer(*arguments, reply=lambda user: f"Do so {user.splitlines()[1][:7]}.")
     manifest = json.loads((tmp_path / "ask/manifest.json").read_text())
     assert manifest["counts"] == {"questions": 3, "answered": 3, "fallback": 0, "fix": 0, "unknown": 0}
-    assert manifest["metrics"] == {"cited": 3, "recall_at_1": 1.0}
+    assert manifest["metrics"] == {"cited": 3, "recall_at_1": 1.0, "right_cited": 3}
     answers = rows(tmp_path / "ask/answers.jsonl")
     assert [row["id"] for row in answers] == ["cache-blocks", "sft-tokenizer", "zh-cuda-fork"]
     assert all(row["cited"] == [row["records"][0]["id"]] for row in answers)
