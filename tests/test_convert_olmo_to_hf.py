@@ -576,7 +576,7 @@ def test_a_full_disk_is_one_sentence(checkpoints, tokenizer, tmp_path):
     command = ["sh", "-c", 'ulimit -f 400; exec "$@"', "sh", sys.executable, *words, "--skip-validation"]
     environment = clean_environment() | {"PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (1, f"{SCRIPT}: output: File too large; mend that and run it again\n")
+    assert (done.returncode, done.stderr) == (1, f"{SCRIPT}: {tmp_path / 'hf'}: File too large; mend that and run it again\n")
     assert {path.name for path in (tmp_path / "hf").iterdir()} == {".begun.json", ".unverified"}
     assert not any((tmp_path / "hf" / ".unverified").iterdir())
 
