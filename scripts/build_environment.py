@@ -17,7 +17,6 @@ Needs   Python 3.11 and a C compiler; a package registry; 7 GB of disk and about
 
 import argparse
 import csv
-import hashlib
 import json
 import os
 import re
@@ -75,9 +74,13 @@ def uv_install(environment, backend, *arguments):
         raise SystemExit("build_environment: uv could not install the lock (its reason stands above); `make setup` tries again")
 
 
-def damaged(environment, lock):
-    """Return the requirements of `lock` that are missing, of another version, or lack a file that their RECORD names."""
-    wanted = dict(line.strip().split("==") for line in lock.read_text(encoding="utf-8").splitlines() if "==" in line)
+def lock_lines(lock):
+    """Return {package: version} of a lock."""
+    return dict(line.strip().split("==") for line in lock.read_text(encoding="utf-8").splitlines() if "==" in line)
+
+
+def damaged(environment, wanted):
+    """Return the requirements of `wanted` that are missing, of another version, or lack a file that their RECORD names."""
     site = next((environment / "lib").glob("python3.*/site-packages"))
     found = {}
     for record in site.glob("*.dist-info/RECORD"):
@@ -105,17 +108,14 @@ def main():
     if not lock.is_file():
         parser.error(f"{lock} does not exist; name requirements-cpu.txt or requirements.txt")
     backend = "cpu" if "+cpu" in lock.read_text(encoding="utf-8") else "cuda"
-    stamp, state = (
-        environment / "stamp.json",
-        {"lock": hashlib.sha256(lock.read_bytes()).hexdigest(), "python": sys.version, "backend": backend},
-    )
+    stamp, state = environment / "stamp.json", {"lock": lock_lines(lock), "python": sys.version, "backend": backend}
+    old = json.loads(stamp.read_text()) if stamp.exists() else {}
 
-    if not stamp.exists() or json.loads(stamp.read_text()) != state:
+    if not isinstance(old.get("lock"), dict) or any(old[key] != state[key] for key in ("python", "backend")):
         preflight(environment, backend)
         if environment.exists() and any(environment.iterdir()) and not (environment / "pyvenv.cfg").exists():
             parser.error(f"{environment} is not a virtual environment; name an empty folder")
-        lines = len(lock.read_text(encoding="utf-8").split())
-        print(f"environment: {lines} packages for {backend} into {environment}, a few minutes the first time", file=sys.stderr)
+        print(f"environment: {len(state['lock'])} packages for {backend} into {environment}, a few minutes the first time", file=sys.stderr)
         shutil.rmtree(environment, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", environment], check=True)
         if subprocess.run([environment / "bin" / "pip", "--disable-pip-version-check", "install", "--quiet", "uv"]).returncode:
@@ -123,7 +123,9 @@ def main():
                 "build_environment: pip could not install uv (its reason stands above); check the network and `make setup` again"
             )
         uv_install(environment, backend, "-r", lock)
-    broken = damaged(environment, lock)
+    elif gone := sorted(old["lock"].keys() - state["lock"].keys()):  # in place: a server may be running from here
+        subprocess.run([environment / "bin" / "uv", "pip", "uninstall", "--python", environment / "bin" / "python", *gone], check=True)
+    broken = damaged(environment, state["lock"])
     if broken:
         stamp.unlink(missing_ok=True)
         print(f"environment: mending {', '.join(broken)}", file=sys.stderr)

@@ -89,13 +89,19 @@ def test_a_killed_build_leaves_no_stamp_and_the_next_one_ends_well(built, tmp_pa
     assert (tmp_path / "env/stamp.json").exists()
 
 
-def test_a_changed_lock_builds_anew(copy, tmp_path):
+def test_a_changed_lock_is_followed_in_place(copy, tmp_path):
+    """A server may run from the environment: what the locks have in common stays, and so does what the user added."""
     environment, _ = copy
+    site = environment / "lib/python3.11/site-packages"
+    (site / "mine.txt").touch()
     (tmp_path / "other.txt").write_text("hjson==3.0.2\n")
-    assert build(environment, tmp_path / "other.txt").returncode == 0
-    names = {path.name for path in environment.glob("lib/python3.11/site-packages/*.dist-info")}
+    answer = build(environment, tmp_path / "other.txt")
+    assert answer.returncode == 0, answer.stderr
+    names = {path.name for path in site.glob("*.dist-info")}
     assert "hjson-3.0.2.dist-info" in names
-    assert not any(name.startswith("py_cpuinfo") for name in names)
+    assert not any(name.startswith(("py_cpuinfo", "hjson-3.1")) for name in names)
+    assert (site / "mine.txt").exists()
+    assert json.loads((environment / "stamp.json").read_text())["lock"] == {"hjson": "3.0.2"}
 
 
 @pytest.mark.parametrize(
