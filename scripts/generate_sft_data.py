@@ -221,7 +221,7 @@ PERMANENT, FATAL = {400, 413, 422}, {401, 403, 404}  # refused for good; refused
 POOL = 1000  # seeds that examples are drawn from
 KEYS = {"description", "needs", "steps", "messages", "preference", "filters", "chunk", "examples", "languages"}
 STEP_KEYS = {"response", "pattern", "schema", "n", "sampling"}
-FILTERS = {"quote", "length", "language", "unlike", "require", "reject", "unique"}
+FILTERS = {"quote", "length", "language", "unlike", "grounded", "require", "reject", "unique"}
 
 
 class Drop(Exception):
@@ -343,6 +343,18 @@ def cut(text, size):
     return [piece for piece in [*pieces, text.strip()] if piece]
 
 
+def sentences(text):
+    """Return the sentences of a text that have at least 5 tokens, each on one line."""
+    found = (" ".join(part.split()) for part in re.split(r"(?<=[.!?])\s+(?=\S)|(?<=[。！？])|\n\s*\n", text))
+    return [sentence for sentence in dict.fromkeys(found) if len(tokens(sentence)) >= 5]
+
+
+def shared(text, of):
+    """Return the share of a text's distinct tokens that another text has as well."""
+    own = set(tokens(text))
+    return len(own & set(tokens(of))) / max(1, len(own))
+
+
 def parse_json(text):
     """Return the objects of an answer: one, or those of a list, whether bare, in a code fence, or after words."""
     text = re.sub(r"\A\s*```\w*\s*|\s*```\s*\Z", "", text)
@@ -429,6 +441,8 @@ class Template:
         self.environment, self.body = environment, environment.from_string(text)
         if missing := [step.name for step in self.steps if step.name not in self.body.blocks]:
             raise ValueError(f"step {missing[0]} has no {{% block {missing[0]} %}}")
+        if self.preference:
+            self.score = environment.from_string(str(self.preference["score"]))
         turns = self.preference["prompt"] if self.preference else front["messages"]
         self.field = turns if isinstance(turns, str) else None
         self.turns = [] if self.field else [{key: environment.from_string(str(text)) for key, text in turn.items()} for turn in turns]
@@ -447,8 +461,9 @@ class Template:
         turns = [("system", f"{step.name}_system"), ("user", step.name)]
         messages = [{"role": role, "content": self.render(block, context)} for role, block in turns if block in self.body.blocks]
         body = {"model": model, "messages": messages} | step.sampling
-        if step.schema:
-            schema = {"name": step.name, "schema": step.schema, "strict": True}
+        block = f"{step.name}_schema"
+        if wanted := json.loads(self.render(block, context)) if block in self.body.blocks else step.schema:
+            schema = {"name": step.name, "schema": wanted, "strict": True}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
         return body
 
@@ -516,6 +531,9 @@ def check(template, context, generated, language, detect):
             text = squeeze(text.strip(QUOTATION))
             if len(tokens(text)) < 3 or text not in whole:
                 raise Drop("evidence is not in the text" if len(tokens(text)) >= 3 else "evidence too short", field)
+    for field, (of, share) in filters.get("grounded", {}).items():
+        if shared(*(" ".join(text_of(context, name)) for name in (field, of))) < share:
+            raise Drop(f"too few words of {field} are in {of}", field)
     for field, of in filters.get("unlike", {}).items():
         a, b = (shingles(" ".join(text_of(context, name)), 2) for name in (field, of))
         if len(a & b) >= 0.8 * len(a | b):
@@ -530,6 +548,7 @@ class Job:
         chance = random.Random(digest(salt, template.name, seed["key"], language))
         others = [other for other in examples if other["key"] != seed["key"]]
         self.context = seed["fields"] | {"language": language, "language_name": LANGUAGES.get(language, language), "pick": chance.choice}
+        self.context |= {"sentences": sentences, "shared": shared}
         self.context["examples"] = [o["fields"] for o in chance.sample(others, min(template.examples, len(others)))]
 
     async def run(self, ask, drop, context=None, at=0, used=()):
@@ -587,7 +606,7 @@ class Store:
             self.index[name] = (at, len(line))
             self.failed.pop(name, None)
             return True
-        if status in PERMANENT and name not in self.index and not self.retry_failed:
+        if status != 200 and name not in self.index and not self.retry_failed:
             self.failed[name] = (at, len(line))
         return False
 
@@ -748,6 +767,8 @@ class Client:
                     if status in PERMANENT:
                         break
                     self.trouble(status, reply, sent, pause)
+                if status == 500 and attempt >= 3 and await self.sane(body["model"]):
+                    break
             else:
                 self.unanswered += 1
                 return None
@@ -769,11 +790,19 @@ class Client:
             raise Stop(f"{self.args.llm_url} refuses ({self.last}); look at OPENAI_API_KEY, --llm-url and --model")
         self.counts["retried"] += 1
         self.streak = self.streak or time.monotonic()
-        self.limiter.bad(sent, pause=pause)
+        if status != 500:  # that is a fault of the server, not of its load
+            self.limiter.bad(sent, pause=pause)
         if time.monotonic() - self.streak > self.args.patience:
             raise Stop(
                 f"no answer from {self.args.llm_url} for {self.args.patience} s ({self.last}); mend that and give the same command: it goes on"
             )
+
+    async def sane(self, model):
+        """Return whether the server answers a plain request: then one that it fails on again and again is at fault itself."""
+        with contextlib.suppress(self.openai.OpenAIError, ValueError):
+            body = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+            return bool((await self.client.post("/chat/completions", body=body, cast_to=object)).get("choices"))
+        return False
 
     async def watch(self):
         """Read vLLM's queue once a second, as long as there is one."""
@@ -1056,10 +1085,10 @@ class Assembly:
         for context, ids, turns, generated in good:
             try:
                 scored.append(
-                    (float(value_of(context, wanted["score"])), str(value_of(context, wanted["answer"])), context, ids, turns, generated)
+                    (float(job.template.score.render(context)), str(value_of(context, wanted["answer"])), context, ids, turns, generated)
                 )
-            except (Drop, TypeError, ValueError):
-                self.reject(job, Drop("no score", wanted["score"]), self.answer(ids), ids)
+            except Exception:  # a template is a program of its own
+                self.reject(job, Drop("no score", "score"), self.answer(ids), ids)
         scored.sort(key=lambda entry: -entry[0])
         ids = tuple(name for entry in scored for name in entry[3])
         if len(scored) < 2:
