@@ -10,7 +10,7 @@ export BASH_ENV := $(CURDIR)/env.sh
 RECIPE ?= demo
 ## GPU ids as nvidia-smi shows them, e.g. 6,7; empty: all
 GPUS ?=
-## for sft and serve, in place of the recipe's: folder or hub name
+## for sft, sft-gen and serve, in place of the recipe's: folder or hub name
 MODEL ?=
 ## pretraining engine: olmo, or hf (transformers + DeepSpeed)
 ENGINE ?= olmo
@@ -49,7 +49,7 @@ newer = $(if $(shell find -L $(call named,$(1)) -newer $(call done,$(1)) -print 
 run = @echo "== $(notdir $(@D))" >&2; $(PYTHON) scripts/$(1) --config $(R)/$(notdir $(@D)).yaml --output $(@D) --overwrite
 
 .PHONY: FORCE help setup demo all table serve ask pretrain eval-kb test lint lock snippets tidy
-.PHONY: clean-text dedup tokenizer tokens convert serve-pretrained base-model sft-data sft kb
+.PHONY: clean-text dedup tokenizer tokens convert serve-pretrained base-model sft-data sft-gen sft kb
 
 help:
 	@awk '/^## /{d=substr($$0,4);next} d&&/ \?= ?/{split($$0,a," [?]= ?");v[++n]=sprintf("  %-10s %-18s %s",a[1],a[2],d)} {d=""} \
@@ -102,6 +102,14 @@ $(call done,base-model): $(R)/base-model.yaml | $(ENVIRONMENT)
 sft-data: $(call done,sft-data) ## Alpaca, OpenAI, ShareGPT, ChatML -> messages, rejects and losses listed
 $(call done,sft-data): $(R)/sft-data.yaml $(call newer,sft-data) | $(ENVIRONMENT)
 	$(call run,convert_sft_format.py)
+
+sft-gen: $(call done,sft-gen) ## templates x seeds x the served model -> new rows, filtered
+GENERATOR := $(or $(MODEL),$(if $(call has,base-model),$(OUT)/base-model))
+$(call done,sft-gen): $(R)/sft-gen.yaml $(R)/serve.yaml $(wildcard $(R)/templates/*) $(call newer,sft-gen) \
+  $(if $(MODEL),FORCE,$(if $(call has,base-model),$(call done,base-model))) | $(ENVIRONMENT)
+	@echo "== sft-gen" >&2; $(PYTHON) scripts/serve_vllm.py --config $(R)/serve.yaml --port $(PORT) $(addprefix --gpus ,$(GPUS)) \
+	  $(if $(GENERATOR),--model $(GENERATOR) --served-model-name $(notdir $(GENERATOR))) --then "$(PYTHON) \
+	  scripts/generate_sft_data.py --config $(R)/sft-gen.yaml --output $(@D) --overwrite"
 
 sft: $(call done,sft) ## messages + model -> fine-tuned model, by Axolotl, with a certificate
 BASE := $(if $(MODEL),,$(if $(call has,base-model),$(call done,base-model)))

@@ -496,8 +496,9 @@ def value_of(context, field):
 
 
 def text_of(context, field):
-    """Return the texts of a field: one, or those of a list."""
-    value = value_of(context, field)
+    """Return the texts of a field: one, or those of a list; of `examples.KEY` the examples' own."""
+    name, _, key = field.partition(".")
+    value = [item.get(key) for item in value_of(context, name)] if key else value_of(context, name)
     values = value if isinstance(value, list) else [value]
     if not values or not all(isinstance(text, (str, int, float)) for text in values):
         raise Drop("not a text", field)
@@ -512,7 +513,7 @@ def check(template, context, generated, language, detect):
             if SPECIAL.search(text) and field != "reasoning":
                 raise Drop("special token in the text", field)
             words = tokens(text)
-            if len(words) > 40 and len({tuple(words[at : at + 4]) for at in range(len(words) - 3)}) < 0.5 * (len(words) - 3):
+            if len(words) > 24 and len({tuple(words[at : at + 4]) for at in range(len(words) - 3)}) < 0.5 * (len(words) - 3):
                 raise Drop("repeats itself", field)
     for field, (least, most) in filters.get("length", {}).items():
         for text in text_of(context, field):
@@ -535,8 +536,8 @@ def check(template, context, generated, language, detect):
         if shared(*(" ".join(text_of(context, name)) for name in (field, of))) < share:
             raise Drop(f"too few words of {field} are in {of}", field)
     for field, of in filters.get("unlike", {}).items():
-        a, b = (shingles(" ".join(text_of(context, name)), 2) for name in (field, of))
-        if len(a & b) >= 0.8 * len(a | b):
+        own, *others = (shingles(text, 2) for text in (" ".join(text_of(context, field)), *text_of(context, of)))
+        if any(len(own & other) >= 0.8 * len(own | other) for other in others):
             raise Drop(f"a copy of {of}", field)
 
 
