@@ -649,12 +649,13 @@ class Store:
             try:
                 await asyncio.to_thread(self.write, b"".join(line for line, _ in batch))
             except OSError as error:
-                for _, done in batch:
+                for done in (done for _, done in batch if not done.done()):
                     done.set_exception(error)
                 return
             for line, done in batch:
                 self.note(line)
-                done.set_result(None)
+                if not done.done():
+                    done.set_result(None)
 
     def write(self, data):
         view = memoryview(data)
@@ -800,9 +801,11 @@ class Client:
 
     async def sane(self, model):
         """Return whether the server answers a plain request: then one that it fails on again and again is at fault itself."""
-        with contextlib.suppress(self.openai.OpenAIError, ValueError):
+        import httpx
+
+        with contextlib.suppress(self.openai.OpenAIError, ValueError, AttributeError):
             body = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
-            return bool((await self.client.post("/chat/completions", body=body, cast_to=object)).get("choices"))
+            return bool((await self.client.post("/chat/completions", body=body, cast_to=httpx.Response)).json().get("choices"))
         return False
 
     async def watch(self):
@@ -1003,7 +1006,9 @@ class Assembly:
     """Rows from stored answers, in the order of the seeds, whatever order the answers came in."""
 
     def __init__(self, run, args, store, templates, overlap):
-        self.args, self.store, self.overlap, self.detect = args, store, overlap, language_detector()
+        self.args, self.store, self.overlap, self.detect = args, store, overlap, None
+        if any(template.filters.get("language") for template in templates):
+            self.detect = language_detector()
         self.duplicates = {kind: Duplicates(args.threshold) for kind in ("data", "preferences")}
         self.names = {kind: [] for kind in self.duplicates}
         self.files = {
