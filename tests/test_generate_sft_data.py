@@ -1,4 +1,4 @@
-"""generate_sft_data.py: no answer is asked for twice or lost, whatever the server does; what is dropped says why; batches give the same rows.
+"""generate_sft_data.py: no answer is asked for twice or lost, whatever the server does; a drop says why; batches give the same rows.
 
 The counterpart of the fast tests is a small HTTP server that fails on demand; the slow ones run vLLM itself.
 """
@@ -233,7 +233,10 @@ def test_a_bad_server_costs_no_answer_and_no_second_request(run_script, serve, w
     server = serve(answer)
     run = run_script(SCRIPT, *flags(work, "--llm-url", server.url, "--timeout", 1))
     assert run.returncode == 0, run.stderr
-    assert {row["messages"][0]["content"] for row in read_rows(work / "out/data.jsonl")} == {f"word{i}" for i in range(30)} - {"word13", "word15"}
+    assert {row["messages"][0]["content"] for row in read_rows(work / "out/data.jsonl")} == {f"word{i}" for i in range(30)} - {
+        "word13",
+        "word15",
+    }
     errors = read_rows(work / "out/errors.jsonl")
     assert sorted((row["seed"], row["status"]) for row in errors) == [("s13", 400), ("s15", 500)]
     assert all(row["remedy"] and row["body"]["messages"] for row in errors)
@@ -308,7 +311,7 @@ def test_a_server_that_goes_away_or_refuses_ends_in_one_sentence(run_script, ser
     server = serve(stops)
     run = run_script(SCRIPT, *flags(work, "--llm-url", server.url, "--patience", 2))
     assert run.returncode == 1
-    assert re.search(r"no answer from \S+ for 2(\.0)? s .* the same command: it goes on", run.stderr)
+    assert re.search(r"no answer from \S+ for 2(\.0)? s .* the same command goes on", run.stderr)
     assert "Traceback" not in run.stderr
     assert 10 <= len(read_rows(work / "out/answers.jsonl")) <= 12
     for status, words in ((401, "OPENAI_API_KEY"), (400, "refuses every request")):
@@ -352,7 +355,15 @@ preference:
 
 def results_of(requests, answer):
     """Return what `vllm run-batch` would write for a file of requests, in reverse order."""
-    rows = [{"id": "v", "custom_id": r["custom_id"], "error": None, "response": {"status_code": 200, "request_id": "v", "body": answer(r["body"])}} for r in requests]
+    rows = [
+        {
+            "id": "v",
+            "custom_id": r["custom_id"],
+            "error": None,
+            "response": {"status_code": 200, "request_id": "v", "body": answer(r["body"])},
+        }
+        for r in requests
+    ]
     return rows[::-1]
 
 
@@ -363,7 +374,9 @@ def test_batches_give_the_rows_of_the_api_and_preferences_need_a_margin(run_scri
         text = body["messages"][-1]["content"]
         if text.startswith("Judge"):
             return reply(f"I give {len(text) % 10}")
-        return reply(f"The answer to {text} is {'long ' * (int(text.removeprefix('word')) % 3)}. {numbers if numbers is not None else attempt}")
+        return reply(
+            f"The answer to {text} is {'long ' * (int(text.removeprefix('word')) % 3)}. {numbers if numbers is not None else attempt}"
+        )
 
     (work / "templates/echo.jinja").write_text(PREFERENCE)
     words = flags(work, "--limit", 6, "--model", "m", out="batch")
@@ -400,14 +413,23 @@ def test_batches_give_the_rows_of_the_api_and_preferences_need_a_margin(run_scri
     assert read_rows(work / "batch/data.jsonl") == []
 
     # the same answers, given by a server: the same rows
-    stored = {row["custom_id"]: row["response"]["body"] for row in read_rows(work / "batch/answers.jsonl") if row["response"]["status_code"] == 200}
+    stored = {
+        row["custom_id"]: row["response"]["body"]
+        for row in read_rows(work / "batch/answers.jsonl")
+        if row["response"]["status_code"] == 200
+    }
     by_text = {}
     for row in [*read_rows(work / "one.jsonl"), *read_rows(work / "two.jsonl"), *(read_rows(work / "three.jsonl"))]:
         by_text.setdefault(row["body"]["messages"][-1]["content"], []).append(stored[row["custom_id"]])
-    server = serve(lambda body, attempt: by_text[body["messages"][-1]["content"]][(attempt - 1) % len(by_text[body["messages"][-1]["content"]])])
+    server = serve(
+        lambda body, attempt: by_text[body["messages"][-1]["content"]][(attempt - 1) % len(by_text[body["messages"][-1]["content"]])]
+    )
     run = run_script(SCRIPT, *flags(work, "--limit", 6, "--llm-url", server.url, "--concurrency", 1, out="online"))
     assert run.returncode == 0, run.stderr
-    chosen = [{(p["prompt"][0]["content"], p["chosen"][0]["content"]) for p in read_rows(work / out / "preferences.jsonl")} for out in ("batch", "online")]
+    chosen = [
+        {(p["prompt"][0]["content"], p["chosen"][0]["content"]) for p in read_rows(work / out / "preferences.jsonl")}
+        for out in ("batch", "online")
+    ]
     assert chosen[0] == chosen[1]
 
 
@@ -450,13 +472,17 @@ def test_seeds_of_every_format(run_script, serve, work):
     (seeds / "a.json").write_text(json.dumps([{"word": "one"}, {"other": 1}]))
     (seeds / "b.csv").write_text('word,x\n"two, and\nmore",1\n')
     with gzip.open(seeds / "c.jsonl.gz", "wt") as file:
-        file.write('{"word": "three"}\n{broken\n[1]\n{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}\n')
+        file.write(
+            '{"word": "three"}\n{broken\n[1]\n{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}\n'
+        )
     import pyarrow
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(pyarrow.table({"word": ["four", None]}), seeds / "d.parquet")
     (seeds / "e.txt").write_text("five")
-    (work / "templates/exchange.jinja").write_text(ECHO.replace("needs: [word]", "needs: [instruction, response]").replace("{{ word }}", "{{ instruction }}"))
+    (work / "templates/exchange.jinja").write_text(
+        ECHO.replace("needs: [word]", "needs: [instruction, response]").replace("{{ word }}", "{{ instruction }}")
+    )
     (work / "templates/text.jinja").write_text(ECHO.replace("needs: [word]", "needs: [text]").replace("{{ word }}", "{{ text }}"))
     server = serve(lambda body, attempt: reply(f"{body['messages'][-1]['content']} it is"))
     run = run_script(SCRIPT, "--input", seeds, "--templates", work / "templates", "--output", work / "out", "--llm-url", server.url)
@@ -499,7 +525,7 @@ def test_a_dry_run_counts_and_shows_prompts(run_script, work):
     run = run_script(SCRIPT, *flags(work, "--dry-run", "--limit", 5), env={"OPENAI_BASE_URL": "http://127.0.0.1:9/v1"})
     assert run.returncode == 0, run.stderr
     assert "## echo: 5 seeds, answer x 3 -> judge x 1: 30 requests" in run.stdout
-    assert "at most 270 answered" in run.stdout
+    assert "asked in step 1, at most 270 answered" in run.stdout
     assert re.search(r"## doc: [34] seeds, qa x 1", run.stdout)
     assert "[system]\nBe exact.\n\n[user]\nA list can be changed" in run.stdout
     assert "estimated; --tokenizer" in run.stdout
@@ -601,7 +627,12 @@ def test_small_functions(script):
         with pytest.raises(script.Drop):
             script.parse_json(text)
     detect = script.language_detector()
-    texts = {"en": "How do I read a file line by line?", "zh": "用 pip install torch 安装之后仍然报错怎么办？", "ja": "これは日本語です", "ko": "한국어 문장입니다"}
+    texts = {
+        "en": "How do I read a file line by line?",
+        "zh": "用 pip install torch 安装之后仍然报错怎么办？",
+        "ja": "これは日本語です",
+        "ko": "한국어 문장입니다",
+    }
     assert {code: script.language_of(text, detect) for code, text in texts.items()} == {code: code for code in texts}
     assert script.language_of("Das ist ein deutscher Satz, und er ist lang genug.", detect) == "de"
     assert script.language_of("OK.", detect) == script.language_of("123", detect) == ""
