@@ -56,6 +56,7 @@ import heapq
 import importlib.metadata
 import io
 import json
+import math
 import os
 import platform
 import random
@@ -65,6 +66,7 @@ import shutil
 import subprocess
 import sys
 import time
+from array import array
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -266,21 +268,20 @@ class Duplicates:
     indexed (prefix filter: Chaudhuri, Ganti, Kaushik, ICDE 2006)."""
 
     def __init__(self, threshold):
-        self.threshold, self.sets, self.index = threshold, [], defaultdict(list)
+        self.threshold, self.sets, self.index = threshold, [], {}
 
     def find(self, found):
         """Return the number of a kept set whose Jaccard index with `found` is at least the threshold; else keep it and return None."""
-        prefix = sorted(found)[: len(found) - int(-(-self.threshold * len(found) // 1)) + 1]
-        seen = {number for shingle in prefix for number in self.index.get(shingle, ())}
-        for number in sorted(seen):
+        prefix = sorted(found)[: len(found) - math.ceil(self.threshold * len(found)) + 1]
+        for number in sorted({number for shingle in prefix for number in self.index.get(shingle, ())}):
             other = self.sets[number]
             if min(len(found), len(other)) >= self.threshold * max(len(found), len(other)):
-                both = len(found & other)
+                both = len(found.intersection(other))
                 if both >= self.threshold * (len(found) + len(other) - both):
                     return number
         for shingle in prefix:
-            self.index[shingle].append(len(self.sets))
-        self.sets.append(frozenset(found))
+            self.index[shingle] = (*self.index.get(shingle, ()), len(self.sets))
+        self.sets.append(array("q", found))  # a set would take ten times the memory
         return None
 
 
@@ -1392,16 +1393,14 @@ def generate(args):
                 file=sys.stderr,
             )
             return None
-    elif left := asyncio.run(pending(seeds, store, args, lambda *_: None)):
-        if not listed and list_models(args.llm_url) is None:
-            raise Stop(
-                f"{left:,} or more requests are open, and no model answers at {args.llm_url}; start it, or --batch-out FILE writes them"
-            )
+    elif listed or list_models(args.llm_url) is not None:
         client = Client(args, store)
-        print(f"sft-gen: {sum(total.values()):,} jobs, {left:,} requests to begin with, {reused:,} answers are there", file=sys.stderr)
+        print(f"sft-gen: {sum(total.values()):,} jobs, {reused:,} answers are there", file=sys.stderr)
         seconds = asyncio.run(ask_all(seeds, sum(total.values()), client, args))
         if client.unanswered:
             raise Stop(f"{client.unanswered:,} requests got no answer (the last: {client.last}); the same command asks them again")
+    elif count := asyncio.run(pending(seeds, store, args, lambda *_: None)):
+        raise Stop(f"{count:,} requests are open, and no model answers at {args.llm_url}; start it, or --batch-out FILE writes them")
     finish(run, args, seeds, store, templates, exams, client.counts if client else Counter(), seconds)
     return None
 

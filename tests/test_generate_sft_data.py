@@ -5,7 +5,6 @@ The counterpart of the fast tests is a small HTTP server that fails on demand; t
 
 import gzip
 import json
-import os
 import random
 import re
 import shlex
@@ -20,8 +19,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import test_serve_vllm
 from conftest import ROOT, clean_environment
-from test_serve_vllm import WORD, write_model
 
 SCRIPT = "generate_sft_data.py"
 TEXT = "A list can be changed after it is made. A tuple cannot be changed.\nTuples can be keys of a dictionary; 元组可以\n作为字典的键。"
@@ -305,15 +304,20 @@ def test_other_filters_ask_nothing_and_more_seeds_only_the_new_ones(run_script, 
 
 
 def test_a_server_that_goes_away_or_refuses_ends_in_one_sentence(run_script, serve, work):
+    answered = []
+
     def stops(body, attempt):
-        return echo(body, attempt) if len(server.asked) < 12 else "drop"
+        if len(answered) >= 12:
+            return "drop"
+        answered.append(body)
+        return echo(body, attempt)
 
     server = serve(stops)
     run = run_script(SCRIPT, *flags(work, "--llm-url", server.url, "--patience", 2))
     assert run.returncode == 1
     assert re.search(r"no answer from \S+ for 2(\.0)? s .* the same command goes on", run.stderr)
     assert "Traceback" not in run.stderr
-    assert 10 <= len(read_rows(work / "out/answers.jsonl")) <= 12
+    assert len(read_rows(work / "out/answers.jsonl")) == len(answered) >= 12
     for status, words in ((401, "OPENAI_API_KEY"), (400, "refuses every request")):
         server = serve(lambda body, attempt, status=status: (status, {}))
         run = run_script(SCRIPT, *flags(work, "--llm-url", server.url, out=f"out{status}"))
@@ -646,46 +650,44 @@ def test_small_functions(script):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """The hand-made model of test_serve_vllm.py: it answers one byte and stops."""
+    """The hand-made model of test_serve_vllm.py: to everything it answers A, and stops."""
     folder = tmp_path_factory.mktemp("generator") / "tiny"
-    tokenizer, _ = write_model(folder)
-    return folder, tokenizer.decode([WORD])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(test_serve_vllm, "WORD", test_serve_vllm.byte_tokenizer().encode("A").ids[0])
+        test_serve_vllm.write_model(folder)
+    return folder
 
 
 @pytest.mark.slow
 def test_vllm_by_its_api_and_by_run_batch_are_interchangeable(model, work, run_script):
-    """Half of the requests go through `vllm run-batch`, then the served model is asked for what is left: one run, nothing asked twice."""
-    folder, said = model
+    """Half of the requests go through `vllm run-batch`, one of which vLLM refuses; then the served model is asked for the others."""
     flag = flags(work, "--model", "tiny", "--threshold", 1)
-    out = work / "requests.jsonl"
-    assert run_script(SCRIPT, *flag, "--batch-out", out).returncode == 0
-    rows = read_rows(out)
-    write_rows(out, [*rows[:15], rows[15] | {"body": rows[15]["body"] | {"temperature": -1.0}}])
-    words = ["run-batch", "-i", out, "-o", work / "results.jsonl", "--model", folder, "--served-model-name", "tiny", "--dtype", "float32"]
-    words += ["--max-model-len", "256", "--kv-cache-memory-bytes", "128M", "-O0"]
-    vllm = Path(sys.executable).with_name("vllm")
-    batch = subprocess.run(list(map(str, [vllm, *words])), capture_output=True, text=True, env=clean_environment(), timeout=600)
-    if batch.returncode:  # a request that is not valid ends the whole batch, before anything is asked
-        write_rows(out, rows[:15])
-        batch = subprocess.run(list(map(str, [vllm, *words])), capture_output=True, text=True, env=clean_environment(), timeout=600)
+    requests, results = work / "requests.jsonl", work / "results.jsonl"
+    assert run_script(SCRIPT, *flag, "--batch-out", requests).returncode == 0
+    rows = read_rows(requests)
+    assert len(rows) == 30
+    write_rows(requests, [*rows[:15], rows[15] | {"body": rows[15]["body"] | {"temperature": -1.0}}])
+    words = [Path(sys.executable).with_name("vllm"), "run-batch", "-i", requests, "-o", results, "--model", model]
+    words += ["--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", 256, "--kv-cache-memory-bytes", "128M", "-O0"]
+    batch = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=clean_environment(), timeout=600)
     assert batch.returncode == 0, batch.stderr[-2000:]
-    assert len(read_rows(work / "results.jsonl")) >= 15
+    assert len(read_rows(results)) == 16
 
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    inner = shlex.join(list(map(str, [sys.executable, ROOT / "scripts" / SCRIPT, *flag, "--batch-in", work / "results.jsonl"])))
-    serve = [sys.executable, ROOT / "scripts/serve_vllm.py", "--model", folder, "--max-model-len", 256, "--port", port, "--then", inner]
+    inner = shlex.join(list(map(str, [sys.executable, ROOT / "scripts" / SCRIPT, *flag, "--batch-in", results])))
+    serve = [sys.executable, ROOT / "scripts/serve_vllm.py", "--model", model, "--max-model-len", 256, "--port", port, "--then", inner]
     run = subprocess.run(list(map(str, serve)), capture_output=True, text=True, env=clean_environment(), timeout=600)
     assert run.returncode == 0, run.stderr
-    assert "15 taken" in run.stderr
+    assert "15 taken, 1 refused" in run.stderr
     rows = read_rows(work / "out/answers.jsonl")
-    assert Counter(row["id"].partition("-")[0] for row in rows) == {"vllm": 15, "batch": 15}
-    assert {row["response"]["body"]["choices"][0]["message"]["content"] for row in rows} == {said}
-    data = read_rows(work / "out/data.jsonl")
-    dropped = read_rows(work / "out/rejected.jsonl")
-    assert len(data) == 1, "all thirty answers are the same byte"
-    assert [row["reason"] for row in dropped] == ["near-duplicate"] * 29
+    assert len({row["custom_id"] for row in rows}) == len(rows) == 30
+    assert Counter(row["id"].partition("-")[0] for row in rows) == {"vllm": 16, "batch": 14}
+    good = [row["response"]["body"]["choices"][0] for row in rows if row["response"]["status_code"] == 200]
+    assert {(choice["message"]["content"], choice["finish_reason"]) for choice in good} == {("A", "stop")}
+    assert [row["messages"][1]["content"] for row in read_rows(work / "out/data.jsonl")] == ["A"]
+    assert [row["reason"] for row in read_rows(work / "out/rejected.jsonl")] == ["near-duplicate"] * 28
+    assert [(row["status"], "temperature" in json.dumps(row["error"])) for row in read_rows(work / "out/errors.jsonl")] == [(400, True)]
     metrics = json.loads((work / "out/manifest.json").read_text())["metrics"]
-    assert metrics["asked"] == 15
-    assert metrics["completion_tokens"] == 60, "a byte and the stop token, thirty times"
-    assert os.environ.get("LLM_MODEL") is None
+    assert metrics["asked"] == 14
+    assert metrics["completion_tokens"] == 58, "a letter and the stop token, 29 times"
