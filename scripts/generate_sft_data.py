@@ -85,6 +85,7 @@ QUOTATION = " \t\n\"'“”‘’「」『』«»`…"
 NGRAM = 5
 MIN_EVAL = 8  # tokens: a shorter text of an evaluation set is too common to prove anything
 PERMANENT, FATAL = {400, 413, 422}, {401, 403, 404}  # refused for good; refused whatever is asked
+CHAIN = 256  # rows that are compared for one shingle
 POOL = 1000  # seeds that examples are drawn from
 KEYS = {"description", "needs", "steps", "messages", "preference", "filters", "chunk", "examples", "languages"}
 STEP_KEYS = {"response", "pattern", "schema", "n", "sampling"}
@@ -265,22 +266,31 @@ def shingles(text, size=NGRAM):
 
 class Duplicates:
     """Near-duplicates by exact Jaccard. Two sets that are alike share one of their first shingles in any common order, so only those are
-    indexed (prefix filter: Chaudhuri, Ganti, Kaushik, ICDE 2006)."""
+    indexed (prefix filter: Chaudhuri, Ganti, Kaushik, ICDE 2006); of a shingle in more than CHAIN rows the latest CHAIN."""
 
     def __init__(self, threshold):
         self.threshold, self.sets, self.index = threshold, [], {}
 
     def find(self, found):
         """Return the number of a kept set whose Jaccard index with `found` is at least the threshold; else keep it and return None."""
-        prefix = sorted(found)[: len(found) - math.ceil(self.threshold * len(found)) + 1]
-        for number in sorted({number for shingle in prefix for number in self.index.get(shingle, ())}):
-            other = self.sets[number]
-            if min(len(found), len(other)) >= self.threshold * max(len(found), len(other)):
-                both = len(found.intersection(other))
-                if both >= self.threshold * (len(found) + len(other) - both):
-                    return number
+        rest = math.ceil(self.threshold * len(found) - 1e-9) - 1
+        prefix, hits, unseen = sorted(found)[: len(found) - rest], Counter(), 0
         for shingle in prefix:
-            self.index[shingle] = (*self.index.get(shingle, ()), len(self.sets))
+            rows = self.index.get(shingle, ())
+            hits.update((rows,) if isinstance(rows, int) else rows[-CHAIN:])
+            unseen += not isinstance(rows, int) and len(rows) > CHAIN
+        for number, count in sorted(hits.items()):
+            other = self.sets[number]
+            least = (
+                self.threshold / (1 + self.threshold) * (len(found) + len(other)) - 1e-9
+            )  # shingles in common that make the Jaccard index
+            if count + unseen + max(rest, math.ceil(self.threshold * len(other)) - 1) >= least and len(found.intersection(other)) >= least:
+                return number
+        for shingle in prefix:
+            rows = self.index.setdefault(shingle, len(self.sets))
+            if rows != len(self.sets):
+                self.index[shingle] = rows = array("I", [rows]) if isinstance(rows, int) else rows
+                rows.append(len(self.sets))
         self.sets.append(array("q", found))  # a set would take ten times the memory
         return None
 
