@@ -88,6 +88,7 @@ PERMANENT, FATAL = {400, 413, 422}, {401, 403, 404}  # refused for good; refused
 CHAIN = 256  # rows that are compared for one shingle
 POOL = 1000  # seeds that examples are drawn from
 KEYS = {"description", "needs", "steps", "messages", "preference", "filters", "chunk", "examples", "languages"}
+HELPERS = {"language", "language_name", "examples", "pick", "sentences", "shared"}
 STEP_KEYS = {"response", "pattern", "schema", "n", "sampling"}
 FILTERS = {"quote", "length", "language", "unlike", "grounded", "require", "reject", "unique"}
 
@@ -397,14 +398,15 @@ class Step:
         if unknown := settings.keys() - STEP_KEYS:
             raise ValueError(f"step {name}: unknown key {min(unknown)!r}; there are {', '.join(sorted(STEP_KEYS))}")
         self.name, self.n, self.schema = name, int(settings.get("n", 1)), settings.get("schema")
-        self.sampling = {"temperature": 0.7, "max_tokens": 512} | settings.get("sampling", {})
+        sampling = {"temperature": 0.7, "max_tokens": 512} | settings.get("sampling", {})
+        self.sampling = {key: value for key, value in sampling.items() if value is not None}  # null: some APIs refuse the parameter
         self.response = settings.get("response", "pattern" if "pattern" in settings else "json" if self.schema else "text")
         self.pattern = re.compile(settings["pattern"], re.S | re.M) if "pattern" in settings else None
         if self.response not in ("text", "json", "pattern") or (self.response == "pattern") != bool(
             self.pattern and self.pattern.groupindex
         ):
             raise ValueError(f"step {name}: response is text, json, or pattern with a regular expression that has named groups")
-        if self.n > 1 and not self.sampling["temperature"]:
+        if self.n > 1 and self.sampling.get("temperature") == 0:
             raise ValueError(f"step {name}: n: {self.n} answers at temperature 0 are {self.n} times the same; raise the temperature")
 
     def read(self, body):
@@ -440,10 +442,10 @@ class Template:
         if not head:
             raise ValueError("it does not begin with a comment {# … #} of YAML; --help shows the keys")
         front = yaml.safe_load(head[1])
-        if not isinstance(front, dict) or (unknown := front.keys() - KEYS):
-            raise ValueError(
-                f"unknown key {min(unknown)!r} in its first comment" if isinstance(front, dict) else "its first comment is no YAML"
-            )
+        if not isinstance(front, dict):
+            raise ValueError("its first comment is no YAML of keys and values")
+        if unknown := front.keys() - KEYS:
+            raise ValueError(f"unknown key {min(unknown)!r} in its first comment; there are {', '.join(sorted(KEYS))}")
         self.needs, self.chunk = front.get("needs", []), next(iter(front.get("chunk", {}).items()), None)
         self.languages, self.examples, self.filters = front.get("languages"), front.get("examples", 0), front.get("filters", {})
         self.steps = [Step(name, settings or {}) for name, settings in (front.get("steps") or {}).items()]
@@ -455,6 +457,9 @@ class Template:
         if self.preference and not {"prompt", "answer", "score"} <= self.preference.keys():
             raise ValueError("preference needs prompt, answer and score")
         self.environment, self.body = environment, environment.from_string(text)
+        self.own = {*self.needs, *HELPERS}  # what no answer may replace, or it could prove itself
+        if taken := [step.name for step in self.steps if step.name in self.own]:
+            raise ValueError(f"step {taken[0]} has the name of something that texts see already; rename it")
         if missing := [step.name for step in self.steps if step.name not in self.body.blocks]:
             raise ValueError(f"step {missing[0]} has no {{% block {missing[0]} %}}")
         if self.preference:
@@ -464,9 +469,8 @@ class Template:
         self.turns = [] if self.field else [{key: environment.from_string(str(text)) for key, text in turn.items()} for turn in turns]
         if self.turns and not all({"role", "content"} <= turn.keys() for turn in self.turns):
             raise ValueError("each of its messages needs role and content")
-        self.patterns = {
-            (kind, field): re.compile(text) for kind in ("require", "reject") for field, text in self.filters.get(kind, {}).items()
-        }
+        wanted = [(kind, *pair) for kind in ("require", "reject") for pair in self.filters.get(kind, {}).items()]
+        self.patterns = {(kind, field): re.compile(text) for kind, field, text in wanted}
 
     def render(self, block, context):
         """Return a block's text; Drop names a field that is not there."""
@@ -496,6 +500,8 @@ class Template:
         turns = [turn for turn in turns if turn["content"] or turn["role"] != "system"]
         if not all(turn["content"] for turn in turns):
             raise Drop("empty turn")
+        if bad := [turn["role"] for turn in turns if SPECIAL.search(turn["content"])]:
+            raise Drop("special token in the text", bad[0])
         spoken = [turn["role"] for turn in turns if turn["role"] != "system"]
         if spoken != ["user", "assistant"] * (len(spoken) // 2) + ["user"] * (len(spoken) % 2):
             raise Drop("turns do not alternate between user and assistant")
@@ -525,7 +531,8 @@ def check(template, context, generated, language, detect):
     """Apply a template's own filters to what was generated; Drop with the first that it fails."""
     filters = template.filters
     for field in generated:
-        for text in (t for t in (value_of(context, field) if isinstance(context[field], list) else [context[field]]) if isinstance(t, str)):
+        texts = context[field] if isinstance(context[field], list) else [context[field]]
+        for text in (text for text in texts if isinstance(text, str)):
             if SPECIAL.search(text) and field != "reasoning":
                 raise Drop("special token in the text", field)
             words = tokens(text)
@@ -585,6 +592,8 @@ class Job:
                 continue
             try:
                 branches = step.read(answer)
+                if again := {key for branch in branches for key in branch} & self.template.own:
+                    raise Drop("answers what is given", min(again))
             except Drop as error:
                 drop(error, answer, (*used, name))
                 continue
@@ -807,7 +816,7 @@ class Client:
         if status in FATAL or (status == 429 and "insufficient_quota" in json.dumps(reply)):
             raise Stop(f"{self.args.llm_url} refuses ({self.last}); look at OPENAI_API_KEY, --llm-url and --model")
         self.counts["retried"] += 1
-        self.streak = self.streak or time.monotonic()
+        self.streak = max(self.streak or time.monotonic(), time.monotonic() + pause if pause else 0)
         if status != 500:  # that is a fault of the server, not of its load
             self.limiter.bad(sent, pause=pause)
         if time.monotonic() - self.streak > self.args.patience:
@@ -833,12 +842,10 @@ class Client:
             while True:
                 with contextlib.suppress(httpx.HTTPError):
                     text = (await client.get(f"{root}/metrics")).text
-                    waiting, running = (
-                        re.findall(rf"^vllm:num_requests_{state}(?:\{{.*\}})? ([\d.e+]+)$", text, re.M) for state in ("waiting", "running")
-                    )
-                    if not waiting:
+                    found = re.findall(r"^vllm:num_requests_(waiting|running)(?:\{.*\})? ([\d.e+]+)$", text, re.M)
+                    if not found:
                         return
-                    self.limiter.queued(sum(map(float, waiting)), sum(map(float, running)))
+                    self.limiter.queued(*(sum(float(value) for name, value in found if name == state) for state in ("waiting", "running")))
                 await asyncio.sleep(1)
 
 
@@ -859,6 +866,8 @@ def list_models(url):
     try:
         return client.models.list().data
     except openai.APIStatusError as error:
+        if error.status_code in (404, 405, 501):  # a gateway that does not list
+            return []
         raise Stop(
             f"{url} refuses ({error.status_code}: {' '.join(str(error.message).split())[:200]}); look at OPENAI_API_KEY and --llm-url"
         ) from None
@@ -870,9 +879,7 @@ def find_files(paths, suffixes, what):
     """Return the files with one of the suffixes: those named, and of folders all but what a stage writes beside its data."""
     found = []
     for path in map(Path, paths):
-        inside = (
-            [f for f in sorted(path.rglob("*")) if f.is_file() and not f.name.startswith(".")] if path.is_dir() else [path] * path.is_file()
-        )
+        inside = [path] if path.is_file() else sorted(f for f in path.rglob("[!.]*") if f.is_file())
         staged = (path / "manifest.json").exists()
         kept = [f for f in inside if kind_of(f) in suffixes and (not staged or f.name.startswith("data")) and f.name != "manifest.json"]
         if not kept:
@@ -1250,7 +1257,7 @@ def dry_run(seeds, args):
             numbers.append(product)
         asked, most = (
             jobs * sum(numbers),
-            jobs * sum(n * step.sampling["max_tokens"] for n, step in zip(numbers, template.steps, strict=True)),
+            jobs * sum(n * step.sampling.get("max_tokens", 0) for n, step in zip(numbers, template.steps, strict=True)),
         )
         tokens_in = round(estimate(seen, tokenizer) / max(1, len(seen)) * jobs * numbers[0])
         requests, prompts, answers = requests + asked, prompts + tokens_in, answers + most

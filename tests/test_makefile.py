@@ -91,6 +91,15 @@ def test_the_second_engine_takes_the_place_of_the_first(tree):
     assert stages_to_run(tree, "ENGINE=hf") == ["pretrain-hf", "serve-pretrained"]
 
 
+def test_data_is_generated_only_when_asked_for(tree):
+    os.utime(tree / "recipes/demo/templates/qa.jinja")
+    assert stages_to_run(tree) == []
+    text = make("-n", "sft-gen", "GPUS=6,7", cwd=tree).stdout
+    assert "serve_vllm.py --config recipes/demo/serve.yaml --port 8051 --gpus 6,7" in text
+    assert "--model data/out/demo/base-model --served-model-name base-model --then" in text
+    assert "generate_sft_data.py --config recipes/demo/sft-gen.yaml --output data/out/demo/sft-gen --overwrite" in text
+
+
 def test_gpus_and_model_reach_the_server(tree):
     answer = make("-n", "serve", "GPUS=6,7", "MODEL=Qwen/Qwen3-14B", "PORT=9000", cwd=tree)
     assert "--gpus 6,7" in answer.stdout
