@@ -28,7 +28,7 @@ A template is a Jinja file whose first comment is YAML:
                  unique: [FIELD] that duplicates are known by (default: all that was generated)
     chunk        {FIELD: CHARACTERS}: a longer text becomes several seeds, cut at paragraphs, lines or sentences
     examples     number of other seeds to show
-    languages    those that it can be asked in (default: any)
+    languages    those that it can be asked in (default: any); same_language: FIELD, that of a seed's field alone
 Texts see the seed's fields, `language`, `language_name`, `examples`, `pick(list)`, `sentences(text)`, `shared(text, of)`, and what earlier
 steps gave. A seed with `messages` has its first exchange as `instruction` and `response`.
 
@@ -87,7 +87,7 @@ MIN_EVAL = 8  # tokens: a shorter text of an evaluation set is too common to pro
 PERMANENT, FATAL = {400, 413, 422}, {401, 403, 404}  # refused for good; refused whatever is asked
 CHAIN = 256  # rows that are compared for one shingle
 POOL = 1000  # seeds that examples are drawn from
-KEYS = {"description", "needs", "steps", "messages", "preference", "filters", "chunk", "examples", "languages"}
+KEYS = {"description", "needs", "steps", "messages", "preference", "filters", "chunk", "examples", "languages", "same_language"}
 HELPERS = {"language", "language_name", "examples", "pick", "sentences", "shared"}
 STEP_KEYS = {"response", "pattern", "schema", "n", "sampling"}
 FILTERS = {"quote", "length", "language", "unlike", "grounded", "require", "reject", "unique"}
@@ -447,7 +447,8 @@ class Template:
         if unknown := front.keys() - KEYS:
             raise ValueError(f"unknown key {min(unknown)!r} in its first comment; there are {', '.join(sorted(KEYS))}")
         self.needs, self.chunk = front.get("needs", []), next(iter(front.get("chunk", {}).items()), None)
-        self.languages, self.examples, self.filters = front.get("languages"), front.get("examples", 0), front.get("filters", {})
+        self.languages, self.same = front.get("languages"), front.get("same_language")
+        self.examples, self.filters = front.get("examples", 0), front.get("filters", {})
         self.steps = [Step(name, settings or {}) for name, settings in (front.get("steps") or {}).items()]
         self.preference = front.get("preference")
         if unknown := self.filters.keys() - FILTERS:
@@ -569,6 +570,7 @@ class Job:
 
     def __init__(self, template, seed, language, model, salt, examples=()):
         self.template, self.seed, self.language, self.model = template, seed, language, model
+        self.origin = {"template": template.name, "seed": seed["id"], "language": language}
         chance = random.Random(digest(salt, template.name, seed["key"], language))
         others = [other for other in examples if other["key"] != seed["key"]]
         self.context = seed["fields"] | {"language": language, "language_name": LANGUAGES.get(language, language), "pick": chance.choice}
@@ -577,7 +579,7 @@ class Job:
 
     async def run(self, ask, drop, context=None, at=0, used=()):
         """Return (context, request ids) of each branch that came to the end. `ask(body, number)` gives (id, answer body) or (id, None) when
-        there is none; `drop(error, answer, ids)` is told of each branch that ends."""
+        there is none; `drop(error, ids)` is told of each branch that ends before."""
         context = self.context if context is None else context
         if at == len(self.template.steps):
             return [(context, used)]
@@ -585,7 +587,7 @@ class Job:
         try:
             body = self.template.request(step, context, self.model)
         except Exception as error:  # a template is a program of its own
-            drop(Drop(f"the template cannot be rendered: {' '.join(str(error).split())}", step.name), None, used)
+            drop(Drop(f"the template cannot be rendered: {' '.join(str(error).split())}", step.name), used)
             return []
         for name, answer in await asyncio.gather(*(ask(body, number) for number in range(step.n))):
             if answer is None:
@@ -595,7 +597,7 @@ class Job:
                 if again := {key for branch in branches for key in branch} & self.template.own:
                     raise Drop("answers what is given", min(again))
             except Drop as error:
-                drop(error, answer, (*used, name))
+                drop(error, (*used, name))
                 continue
             runs = (self.run(ask, drop, context | branch, at + 1, (*used, name)) for branch in branches)
             leaves += [leaf for found in await asyncio.gather(*runs) for leaf in found]
@@ -753,9 +755,8 @@ class Client:
 
         self.openai, self.args, self.store, self.limiter, self.flying = openai, args, store, Limiter(args.concurrency), {}
         timeout = openai.Timeout(args.timeout, connect=10)
-        self.client = openai.AsyncOpenAI(
-            base_url=args.llm_url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=0, timeout=timeout
-        )
+        key = os.environ.get("OPENAI_API_KEY") or "none"
+        self.client = openai.AsyncOpenAI(base_url=args.llm_url, api_key=key, max_retries=0, timeout=timeout)
         self.counts, self.streak, self.unanswered, self.last = Counter(), None, 0, ""
 
     async def __call__(self, body, number):
@@ -868,9 +869,8 @@ def list_models(url):
     except openai.APIStatusError as error:
         if error.status_code in (404, 405, 501):  # a gateway that does not list
             return []
-        raise Stop(
-            f"{url} refuses ({error.status_code}: {' '.join(str(error.message).split())[:200]}); look at OPENAI_API_KEY and --llm-url"
-        ) from None
+        said = " ".join(str(error.message).split())[:200]
+        raise Stop(f"{url} refuses ({error.status_code}: {said}); look at OPENAI_API_KEY and --llm-url") from None
     except openai.OpenAIError:
         return None
 
@@ -906,7 +906,10 @@ def read_rows(path):
         return
     with io.BufferedReader(pyarrow.input_stream(str(path), compression="detect")) as stream:
         if kind in (".txt", ".md"):
-            yield 1, {"text": stream.read().decode("utf-8-sig", "replace"), "id": path.name}, "", ""
+            try:
+                yield 1, {"text": stream.read().decode("utf-8-sig"), "id": path.name}, "", ""
+            except UnicodeDecodeError as error:
+                yield 1, None, "", f"not UTF-8 ({error.reason}); clean_text.py reads other encodings"
         elif kind == ".csv":
             csv.field_size_limit(1 << 30)
             rows = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""))
@@ -935,17 +938,15 @@ def rows_of(path):
         for number, row, text, reason in read_rows(path):
             yield number, row, text, reason
     except (ValueError, pyarrow.ArrowException, csv.Error) as error:
-        raise Stop(f"{path} after record {number}: damaged ({' '.join(str(error).split())[:200]}); replace the file") from None
+        raise Stop(f"{path} after record {number}: damaged ({' '.join(str(error).split())[:200]}); mend or replace the file") from None
 
 
 def fields_of(row):
     """Return a seed's fields: those of the row, and the first exchange of its messages as `instruction` and `response`."""
     fields, messages = dict(row), row.get("messages")
     if isinstance(messages, list):
-        turns = [
-            m for m in messages if isinstance(m, dict) and m.get("role") in ("user", "assistant") and isinstance(m.get("content"), str)
-        ]
-        if [turn["role"] for turn in turns[:2]] == ["user", "assistant"]:
+        turns = [m for m in messages if isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") != "system"]
+        if [turn.get("role") for turn in turns[:2]] == ["user", "assistant"]:
             fields = {"instruction": turns[0]["content"], "response": turns[1]["content"]} | fields
     return fields
 
@@ -972,24 +973,21 @@ class Seeds:
 
     def __init__(self, files, templates, languages, limit, salt):
         self.files, self.templates, self.languages, self.limit, self.salt = files, templates, languages, limit, salt
-        self.rejected, self.records, kept = [], 0, {}
-        drawn = {t.name: Smallest(limit or 0) for t in templates}
+        self.detect = language_detector() if any(template.same for template in templates) else None
+        self.rejected, self.records, seeds, asked = [], 0, {}, {t.name: {} for t in templates}
+        drawn = {t.name: Smallest(limit or sys.maxsize) for t in templates}
         pools = {t.name: Smallest(POOL) for t in templates if t.examples}
-        self.counts = Counter(dict.fromkeys(drawn, 0))
-        for template, seed in self.read(self.rejected):
-            rank = int(digest(salt, seed["key"]), 16)
-            self.counts[template.name] += 1
-            if limit:
-                drawn[template.name].add(rank)
+        for template, seed, rank, languages in self.read(self.rejected):
+            if drawn[template.name].add(rank):
+                asked[template.name][rank] = len(languages)
             if template.examples and pools[template.name].add(rank):
-                kept[rank] = seed
-        self.pools = {name: [kept[rank] for rank in sorted(pool.members)] for name, pool in pools.items()}
-        self.chosen = {name: found.members for name, found in drawn.items()}
-        if limit:
-            self.counts = Counter({name: len(found) for name, found in self.chosen.items()})
+                seeds[rank] = seed
+        self.drawn = {name: found.members for name, found in drawn.items()}
+        self.pools = {name: [seeds[rank] for rank in sorted(pool.members)] for name, pool in pools.items()}
+        self.total = Counter({name: sum(asked[name][rank] for rank in members) for name, members in self.drawn.items()})
 
     def read(self, rejected=None):
-        """Yield (template, seed) in the order of the files; bad records go to the list `rejected`."""
+        """Yield (template, seed, rank, languages) in the order of the files; bad records go to the list `rejected`."""
         for path in self.files:
             for line, row, text, reason in rows_of(path):
                 if reason and rejected is not None:
@@ -1001,28 +999,25 @@ class Seeds:
                 key, origin = digest(fields), {"file": str(path), "line": line, "source": str(row.get("source") or path.name)}
                 name = str(row.get("id") or key[:16])
                 for template in self.templates:
-                    if all(fields.get(field) not in (None, "", []) for field in template.needs):
-                        field, size = template.chunk or ("", 0)
-                        pieces = cut(str(fields[field]), size) if field else [None]
-                        for at, piece in enumerate(pieces):
-                            part, changed = (f"#{at}", {field: piece}) if len(pieces) > 1 else ("", {})
-                            yield template, origin | {"id": name + part, "key": key + part, "fields": fields | changed}
+                    if any(fields.get(field) in (None, "", []) for field in template.needs):
+                        continue
+                    own = language_of(str(fields.get(template.same)), self.detect) if template.same else ""
+                    languages = [code for code in self.languages if code in (template.languages or [code]) and own in ("", code)]
+                    field, size = template.chunk or ("", 0)
+                    pieces = cut(str(fields[field]), size) if field else [None]
+                    for at, piece in enumerate(pieces if languages else ()):
+                        part, changed = (f"#{at}", {field: piece}) if len(pieces) > 1 else ("", {})
+                        seed = origin | {"id": name + part, "key": key + part, "fields": fields | changed}
+                        yield template, seed, int(digest(self.salt, seed["key"]), 16), languages
 
     def jobs(self, model):
         """Yield each Job, in the order of the files; of two seeds alike the first."""
-        done = set()
-        for template, seed in self.read():
-            rank = int(digest(self.salt, seed["key"]), 16)
-            if (not self.limit or rank in self.chosen[template.name]) and (template.name, rank) not in done:
-                done.add((template.name, rank))
-                for language in self.languages:
-                    if template.languages is None or language in template.languages:
-                        yield Job(template, seed, language, model, self.salt, self.pools.get(template.name, ()))
-
-    def total(self):
-        """Return the number of jobs by template; without `limit`, seeds alike count each."""
-        spoken = {t.name: sum(t.languages is None or language in t.languages for language in self.languages) for t in self.templates}
-        return {name: count * spoken[name] for name, count in self.counts.items()}
+        left = {name: set(members) for name, members in self.drawn.items()}
+        for template, seed, rank, languages in self.read():
+            if rank in left[template.name]:
+                left[template.name].remove(rank)
+                for language in languages:
+                    yield Job(template, seed, language, model, self.salt, self.pools.get(template.name, ()))
 
 
 class Assembly:
@@ -1034,9 +1029,8 @@ class Assembly:
             self.detect = language_detector()
         self.duplicates = {kind: Duplicates(args.threshold) for kind in ("data", "preferences")}
         self.names = {kind: [] for kind in self.duplicates}
-        self.files = {
-            name: open(run.output / f".{name}.jsonl.tmp", "w", encoding="utf-8") for name in ("data", "preferences", "rejected", "errors")
-        }
+        names = ("data", "preferences", "rejected", "errors")
+        self.files = {name: open(run.output / f".{name}.jsonl.tmp", "w", encoding="utf-8") for name in names}
         self.output, self.used, self.reasons = run.output, set(), Counter()
         self.counts = {t.name: Counter(seeds=0, requests=0, rows=0, rejected=0, refused=0) for t in templates}
         self.records = Counter()
@@ -1045,18 +1039,11 @@ class Assembly:
         self.files[name].write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n")
         self.records[f"{name}.jsonl"] += 1
 
-    def reject(self, job, error, answer, ids, **more):
-        """Note a drop with its reason, the raw answer and the requests that led to it."""
-        raw = ((answer or {}).get("choices") or [{}])[0].get("message", {}).get("content") if answer else None
-        row = {
-            "file": job.seed["file"],
-            "line": job.seed["line"],
-            "template": job.template.name,
-            "seed": job.seed["id"],
-            "language": job.language,
-        }
-        row |= {"reason": str(error), "field": error.field, "raw": raw, "requests": list(ids)} | more
-        self.write("rejected", {key: value for key, value in row.items() if value not in (None, "")})
+    def reject(self, job, error, ids, **more):
+        """Note a drop with its reason, the requests that led to it and the last one's answer."""
+        raw = self.store.get(ids[-1])["response"]["body"]["choices"][0]["message"].get("content") if ids else None
+        row = {"file": job.seed["file"], "line": job.seed["line"]} | job.origin | {"reason": str(error), "field": error.field, "raw": raw}
+        self.write("rejected", {key: value for key, value in (row | {"requests": ids} | more).items() if value not in (None, "")})
         self.reasons[f"{error} ({error.field})" if error.field else str(error)] += 1
         self.counts[job.template.name]["rejected"] += 1
 
@@ -1075,20 +1062,12 @@ class Assembly:
                 counts.update(requests=1, refused=not answered)
                 counts.update({key: used.get(key) or 0 for key in ("prompt_tokens", "completion_tokens")})
                 if not answered:
-                    why = result.get("error") or result["response"].get("body")
-                    row = {
-                        "custom_id": name,
-                        "template": job.template.name,
-                        "seed": job.seed["id"],
-                        "status": result["response"]["status_code"],
-                    }
-                    self.write(
-                        "errors",
-                        row | {"error": why, "remedy": "shorten the seed (chunk), or mend the sampling; then --retry-failed", "body": body},
-                    )
+                    row = {"custom_id": name} | job.origin | {"status": result["response"]["status_code"], "error": result.get("error")}
+                    remedy = "shorten the seed (chunk) or mend the sampling, then --retry-failed"
+                    self.write("errors", row | {"remedy": remedy, "body": body})
             return name, result["response"]["body"] if answered else None
 
-        leaves = await job.run(ask, lambda error, answer, ids: self.reject(job, error, answer, ids))
+        leaves = await job.run(ask, lambda error, ids: self.reject(job, error, ids))
         good = []
         for context, ids in leaves:
             try:
@@ -1096,59 +1075,48 @@ class Assembly:
                 check(job.template, context, generated, job.language, self.detect)
                 good.append((context, ids, job.template.conversation(context), generated))
             except Drop as error:
-                self.reject(job, error, self.answer(ids), ids)
+                self.reject(job, error, ids)
             except Exception as error:  # a template is a program of its own
-                self.reject(job, Drop(f"the template cannot be rendered: {' '.join(str(error).split())}"), self.answer(ids), ids)
+                self.reject(job, Drop(f"the template cannot be rendered: {' '.join(str(error).split())}"), ids)
         if job.template.preference:
             self.prefer(job, good)
             return
         for context, ids, turns, generated in good:
             self.keep("data", job, context, ids, generated, {"messages": turns}, turns)
 
-    def answer(self, ids):
-        return self.store.get(ids[-1])["response"]["body"] if ids else None
-
     def prefer(self, job, good):
         """Write the best and the worst answer of a seed as a pair."""
         wanted, scored = job.template.preference, []
         for context, ids, turns, generated in good:
             try:
-                scored.append(
-                    (float(job.template.score.render(context)), str(value_of(context, wanted["answer"])), context, ids, turns, generated)
-                )
+                score, answer = float(job.template.score.render(context)), str(value_of(context, wanted["answer"]))
+                scored.append((score, answer, context, ids, turns, generated))
             except Exception:  # a template is a program of its own
-                self.reject(job, Drop("no score", "score"), self.answer(ids), ids)
+                self.reject(job, Drop("no score", "score"), ids)
         scored.sort(key=lambda entry: -entry[0])
         ids = tuple(name for entry in scored for name in entry[3])
         if len(scored) < 2:
-            return self.reject(job, Drop("fewer than two scored answers"), self.answer(ids), ids)
+            return self.reject(job, Drop("fewer than two scored answers"), ids)
         (best, chosen, context, first, turns, generated), (worst, rejected, _, last, _, _) = scored[0], scored[-1]
         if best - worst < wanted.get("margin", 1) or chosen == rejected:
-            return self.reject(job, Drop("no margin between the answers"), self.answer(ids), ids, scores=[entry[0] for entry in scored])
+            return self.reject(job, Drop("no margin between the answers"), ids, scores=[entry[0] for entry in scored])
         pair = {key: [{"role": "assistant", "content": text}] for key, text in (("chosen", chosen), ("rejected", rejected))}
         row = {"prompt": turns} | pair
-        self.keep(
-            "preferences", job, context, first + last, generated, row, [*turns, *pair["chosen"], *pair["rejected"]], scores=[best, worst]
-        )
+        everything = [turn for part in row.values() for turn in part]
+        self.keep("preferences", job, context, first + last, generated, row, everything, scores=[best, worst])
 
     def keep(self, kind, job, context, ids, generated, row, turns, **meta):
         """Write a row, unless it repeats another one or an evaluation set."""
         fields = job.template.filters.get("unique") or [key for key in generated if isinstance(context[key], str) and key != "reasoning"]
         name = f"{job.template.name}-{digest(row)[:16]}"
         if self.overlap and (where := next(filter(None, (self.overlap.find(turn["content"]) for turn in turns)), None)):
-            return self.reject(job, Drop("overlaps the evaluation set"), self.answer(ids), ids, where=where)
+            return self.reject(job, Drop("overlaps the evaluation set"), ids, where=where)
         text = "\n".join(text for field in fields for text in text_of(context, field)) or json.dumps(turns, ensure_ascii=False)
         like = self.duplicates[kind].find(shingles(text))
         if like is not None:
-            return self.reject(job, Drop("near-duplicate"), self.answer(ids), ids, like=self.names[kind][like])
+            return self.reject(job, Drop("near-duplicate"), ids, like=self.names[kind][like])
         self.names[kind].append(name)
-        meta = {
-            "template": job.template.name,
-            "seed": job.seed["id"],
-            "language": job.language,
-            "model": job.model,
-            "requests": list(ids),
-        } | meta
+        meta = job.origin | {"model": job.model, "requests": ids} | meta
         if quotes := job.template.filters.get("quote"):
             meta["evidence"] = {field: context[field] for field in quotes}
         self.write(kind, {"id": name, "source": f"{job.template.name}:{job.seed['source']}"} | row | {"meta": meta})
@@ -1241,7 +1209,7 @@ def dry_run(seeds, args):
             raise Stop(
                 f"--tokenizer {args.tokenizer}: no tokenizer there ({str(error).partition(chr(10))[0][:200]}); name a model folder"
             ) from None
-    bodies, faults, total = defaultdict(list), defaultdict(Counter), seeds.total()
+    bodies, faults, total = defaultdict(list), defaultdict(Counter), seeds.total
     for job in seeds.jobs(args.model or "MODEL"):
         if len(bodies[job.template.name]) < args.sample:
             try:
@@ -1384,7 +1352,7 @@ def generate(args):
     ignore = ("llm_url", "batch_in", "batch_out", "concurrency", "timeout", "retries", "patience", "tokenizer", "sample", "dry_run")
     run = Run("sft-gen", args, [*files, *(template.path for template in templates), *beside, *exams], ignore)
     seeds, fresh = Seeds(files, templates, args.language, args.limit, args.seed), not (run.output / "answers.jsonl").exists()
-    if not sum(seeds.counts.values()):
+    if not seeds.total.total():
         needs = "; ".join(f"{template.name} needs {', '.join(template.needs)}" for template in templates)
         raise Stop(f"no seed of {', '.join(args.input)} has the fields of a template ({needs}); look at --input")
     store = Store(run.output / "answers.jsonl", args.retry_failed)
@@ -1393,7 +1361,7 @@ def generate(args):
         counts = store.take(path)
         said = ", ".join(f"{count:,} {what}" for what, count in counts.items()) or "none"
         print(f"sft-gen: answers of {path}: {said}", file=sys.stderr)
-    reused, total, seconds = len(store.index), seeds.total(), 0.0
+    reused, seconds = len(store.index), 0.0
     client = None
     if args.batch_out:
         with write_atomic(args.batch_out, "w") as file:
@@ -1412,8 +1380,8 @@ def generate(args):
             return None
     elif listed or list_models(args.llm_url) is not None:
         client = Client(args, store)
-        print(f"sft-gen: {sum(total.values()):,} jobs, {reused:,} answers are there", file=sys.stderr)
-        seconds = asyncio.run(ask_all(seeds, sum(total.values()), client, args))
+        print(f"sft-gen: {seeds.total.total():,} jobs, {reused:,} answers are there", file=sys.stderr)
+        seconds = asyncio.run(ask_all(seeds, seeds.total.total(), client, args))
         if client.unanswered:
             raise Stop(f"{client.unanswered:,} requests got no answer (the last: {client.last}); the same command asks them again")
     elif count := asyncio.run(pending(seeds, store, args, lambda *_: None)):
@@ -1432,7 +1400,7 @@ def finish(run, args, seeds, store, templates, exams, session, seconds):
     result = Assembly(run, args, store, templates, overlap)
     for entry in seeds.rejected:
         result.write("rejected", entry)
-    bar = tqdm(seeds.jobs(args.model), "filter", total=sum(seeds.total().values()), unit=" jobs", disable=not sys.stderr.isatty())
+    bar = tqdm(seeds.jobs(args.model), "filter", total=seeds.total.total(), unit=" jobs", disable=not sys.stderr.isatty())
 
     async def every():
         for job in bar:
@@ -1447,7 +1415,7 @@ def finish(run, args, seeds, store, templates, exams, session, seconds):
             f"no answer became a row ({reasons or 'the server refused all'}); see {run.output}/rejected.jsonl, change templates"
             " or filters, and run it with --overwrite: requests that stay the same are not asked again"
         )
-    counts = {"seeds": seeds.records, "bad_seeds": len(seeds.rejected), "jobs": sum(seeds.total().values())}
+    counts = {"seeds": seeds.records, "bad_seeds": len(seeds.rejected), "jobs": seeds.total.total()}
     counts |= {key: sums[key] for key in ("requests", "refused", "rows", "rejected")}
     counts |= {
         "data": result.records["data.jsonl"],

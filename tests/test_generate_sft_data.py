@@ -485,6 +485,7 @@ def test_seeds_of_every_format(run_script, serve, work):
 
     pyarrow.parquet.write_table(pyarrow.table({"word": ["four", None]}), seeds / "d.parquet")
     (seeds / "e.txt").write_text("five")
+    (seeds / "f.txt").write_bytes("六".encode("gb18030"))
     (work / "templates/exchange.jinja").write_text(
         ECHO.replace("needs: [word]", "needs: [instruction, response]").replace("{{ word }}", "{{ instruction }}")
     )
@@ -494,7 +495,17 @@ def test_seeds_of_every_format(run_script, serve, work):
     assert run.returncode == 0, run.stderr
     assert set(server.asked) == {"one", "two, and\nmore", "three", "four", "five", "hi"}
     bad = [(Path(row["file"]).name, row["line"], row["raw"]) for row in read_rows(work / "out/rejected.jsonl")]
-    assert bad == [("c.jsonl.gz", 2, "{broken"), ("c.jsonl.gz", 3, "[1]")]
+    assert bad == [("c.jsonl.gz", 2, "{broken"), ("c.jsonl.gz", 3, "[1]"), ("f.txt", 1, "")]
+
+
+def test_a_template_may_keep_to_the_language_of_its_seed(run_script, serve, work):
+    (work / "templates/echo.jinja").write_text(ECHO.replace("needs: [word]", "needs: [word]\nsame_language: word"))
+    texts = ["Which of the two kinds of sequence may be changed?", "两种序列里哪一种可以修改？"]
+    write_rows(work / "seeds.jsonl", [{"word": text} for text in texts])
+    server = serve(lambda body, attempt: reply("It is so."))
+    assert run_script(SCRIPT, *flags(work, "--language", "en", "zh", "--llm-url", server.url, "--limit", 2)).returncode == 0
+    assert server.asked == dict.fromkeys(texts, 1)
+    assert [row["meta"]["language"] for row in read_rows(work / "out/data.jsonl")] == ["en"], "the other answer is a duplicate"
 
 
 WRONG = {
