@@ -39,7 +39,7 @@ Writes  OUTPUT/answers.jsonl while they come, in the format of OpenAI's batch re
         manifest.json, last.
 Exit    0 done, up to date, or requests written; 1 failed or unfinished, the same command goes on; 2 bad usage; 3 refused: OUTPUT holds
         another run, or another process writes there.
-Needs   CPU; an OpenAI-compatible server (serve_vllm.py) or `vllm run-batch`; memory for 200 bytes a request and 3 KB a row.
+Needs   CPU; an OpenAI-compatible server (serve_vllm.py) or `vllm run-batch`; memory for 300 bytes a request and 4 KB a row.
 
 A request is known by the hash of its body, so one that was answered is not asked again, neither after kill -9 (each answer is fsynced) nor
 when filters or seeds change (--overwrite takes the old answers over). Requests in flight grow by one a round trip and halve on 429, 503
@@ -55,8 +55,10 @@ import hashlib
 import heapq
 import importlib.metadata
 import io
+import itertools
 import json
 import math
+import operator
 import os
 import platform
 import random
@@ -1033,7 +1035,7 @@ class Assembly:
         self.files = {name: open(run.output / f".{name}.jsonl.tmp", "w", encoding="utf-8") for name in names}
         self.output, self.used, self.reasons = run.output, set(), Counter()
         self.counts = {t.name: Counter(seeds=0, requests=0, rows=0, rejected=0, refused=0) for t in templates}
-        self.records = Counter()
+        self.records = Counter(dict.fromkeys([f"{name}.jsonl" for name in names], 0))
 
     def write(self, name, row):
         self.files[name].write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n")
@@ -1206,9 +1208,8 @@ def dry_run(seeds, args):
         try:
             tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
         except (OSError, ValueError) as error:
-            raise Stop(
-                f"--tokenizer {args.tokenizer}: no tokenizer there ({str(error).partition(chr(10))[0][:200]}); name a model folder"
-            ) from None
+            said = str(error).partition("\n")[0][:200]
+            raise Stop(f"--tokenizer {args.tokenizer}: no tokenizer there ({said}); name a model folder") from None
     bodies, faults, total = defaultdict(list), defaultdict(Counter), seeds.total
     for job in seeds.jobs(args.model or "MODEL"):
         if len(bodies[job.template.name]) < args.sample:
@@ -1219,27 +1220,19 @@ def dry_run(seeds, args):
     requests = prompts = answers = 0
     for template in seeds.templates:
         jobs, seen = total[template.name], bodies[template.name]
-        numbers, product = [], 1
-        for step in template.steps:
-            product *= step.n
-            numbers.append(product)
-        asked, most = (
-            jobs * sum(numbers),
-            jobs * sum(n * step.sampling.get("max_tokens", 0) for n, step in zip(numbers, template.steps, strict=True)),
-        )
-        tokens_in = round(estimate(seen, tokenizer) / max(1, len(seen)) * jobs * numbers[0])
-        requests, prompts, answers = requests + asked, prompts + tokens_in, answers + most
+        numbers = [jobs * n for n in itertools.accumulate((step.n for step in template.steps), operator.mul)]
+        most = sum(n * step.sampling.get("max_tokens", 0) for n, step in zip(numbers, template.steps, strict=True))
+        asked = round(estimate(seen, tokenizer) / max(1, len(seen)) * numbers[0])
+        requests, prompts, answers = requests + sum(numbers), prompts + asked, answers + most
         steps = " -> ".join(f"{step.name} x {step.n}" for step in template.steps)
-        print(
-            f"## {template.name}: {jobs:,} seeds, {steps}: {asked:,} requests;"
-            f" tokens: {tokens_in:,} asked in step 1, at most {most:,} answered\n"
-        )
+        told = f"{sum(numbers):,} requests; tokens: {asked:,} asked in step 1, at most {most:,} answered"
+        print(f"## {template.name}: {jobs:,} jobs, {steps}: {told}\n")
         for fault, count in faults[template.name].most_common(1):
             print(f"cannot be rendered for {count} seeds: {fault}\n")
         for message in seen[0]["messages"] if seen else ():
             print(f"[{message['role']}]\n{message['content']}\n")
     how = "by the tokenizer" if tokenizer else "estimated; --tokenizer DIR counts them"
-    print(f"## all: {requests:,} requests, {prompts:,} prompt tokens ({how}), at most {answers:,} tokens answered")
+    print(f"## all: {requests:,} requests, {prompts:,} prompt tokens in step 1 ({how}), at most {answers:,} tokens answered")
     print("An answer that gives several branches (a list) is followed by as many requests more in the next step.")
 
 
@@ -1372,11 +1365,8 @@ def generate(args):
 
             count = asyncio.run(pending(seeds, store, args, write))
         if count:
-            print(
-                f"sft-gen: {count:,} requests in {args.batch_out}; run them (`vllm run-batch -i {args.batch_out} -o results.jsonl --model …"
-                f" --served-model-name {args.model}`), then the same command with --batch-in results.jsonl",
-                file=sys.stderr,
-            )
+            command = f"vllm run-batch -i {args.batch_out} -o results.jsonl --model … --served-model-name {args.model}"
+            print(f"sft-gen: {count:,} requests in {args.batch_out}; then `{command}`, and --batch-in results.jsonl here", file=sys.stderr)
             return None
     elif listed or list_models(args.llm_url) is not None:
         client = Client(args, store)
@@ -1395,7 +1385,9 @@ def finish(run, args, seeds, store, templates, exams, session, seconds):
     overlap = Overlap(args.eval_ngram) if exams else None
     for path in exams:
         for line, row, _, reason in rows_of(path):
-            for text in strings({k: v for k, v in row.items() if k not in ("id", "source", "meta", "tags")} if not reason else None):
+            if reason:
+                raise Stop(f"{path} line {line}: {reason}; mend it, for what is not read cannot be kept out")
+            for text in strings({key: value for key, value in row.items() if key not in ("id", "source", "meta", "tags")}):
                 overlap.add(text, f"{path}:{line}")
     result = Assembly(run, args, store, templates, overlap)
     for entry in seeds.rejected:
@@ -1417,11 +1409,8 @@ def finish(run, args, seeds, store, templates, exams, session, seconds):
         )
     counts = {"seeds": seeds.records, "bad_seeds": len(seeds.rejected), "jobs": seeds.total.total()}
     counts |= {key: sums[key] for key in ("requests", "refused", "rows", "rejected")}
-    counts |= {
-        "data": result.records["data.jsonl"],
-        "preferences": result.records["preferences.jsonl"],
-        "unused_answers": len(store.index.keys() - result.used),
-    }
+    counts |= {name: result.records[f"{name}.jsonl"] for name in ("data", "preferences")}
+    counts["unused_answers"] = len(store.index.keys() - result.used)
     counts["templates"] = {name: dict(found) for name, found in result.counts.items()}
     metrics = {key: sums[key] for key in ("prompt_tokens", "completion_tokens")}
     rate = round(session["completion_tokens"] / seconds, 1) if seconds else None
@@ -1431,12 +1420,7 @@ def finish(run, args, seeds, store, templates, exams, session, seconds):
         metrics["eval_set"] = {"texts": overlap.texts, "too_short": overlap.short}
     speed = f", {rate:,.0f} tokens/s" if rate else ""
     summary = f"{sums['rows']:,} rows of {sums['requests']:,} answers, {sums['rejected']:,} dropped{speed}"
-    run.finish(
-        summary,
-        counts,
-        metrics,
-        {name: result.records[name] for name in ("data.jsonl", "preferences.jsonl", "rejected.jsonl", "errors.jsonl")},
-    )
+    run.finish(summary, counts, metrics, result.records)
 
 
 def strings(value):

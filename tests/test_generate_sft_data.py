@@ -541,9 +541,9 @@ def test_a_dry_run_counts_and_shows_prompts(run_script, work):
         file.write(json.dumps({"text": TEXT}) + "\n")
     run = run_script(SCRIPT, *flags(work, "--dry-run", "--limit", 5), env={"OPENAI_BASE_URL": "http://127.0.0.1:9/v1"})
     assert run.returncode == 0, run.stderr
-    assert "## echo: 5 seeds, answer x 3 -> judge x 1: 30 requests" in run.stdout
+    assert "## echo: 5 jobs, answer x 3 -> judge x 1: 30 requests" in run.stdout
     assert "asked in step 1, at most 270 answered" in run.stdout
-    assert re.search(r"## doc: [34] seeds, qa x 1", run.stdout)
+    assert re.search(r"## doc: [34] jobs, qa x 1", run.stdout)
     assert "[system]\nBe exact.\n\n[user]\nA list can be changed" in run.stdout
     assert "estimated; --tokenizer" in run.stdout
     assert not (work / "out").exists()
@@ -567,7 +567,7 @@ def test_the_recipes_render_for_every_seed_and_language(recipe, run_script):
     assert run.returncode == 0, run.stderr
     assert "cannot be rendered" not in run.stdout
     templates = {path.stem for path in (ROOT / f"recipes/{recipe}/templates").glob("[!_]*.jinja")}
-    assert set(re.findall(r"^## (\w+): [1-9]\d* seeds", run.stdout, re.M)) == templates
+    assert set(re.findall(r"^## (\w+): [1-9]\d* jobs", run.stdout, re.M)) == templates
     assert {"qa", "paraphrase", "self_instruct", "evol", "error_fix", "preference"} <= templates
 
 
