@@ -222,7 +222,7 @@ def test_rows_and_what_is_dropped_with_its_reason(run_script, serve, work):
 
 def test_a_bad_server_costs_no_answer_and_no_second_request(run_script, serve, work):
     """429 with Retry-After, 503, a dropped connection, a hang, HTML for JSON: tried again. 400: an error row. 500 for ever: one as well."""
-    trouble = {3: (429, {"Retry-After": "0.3"}), 5: (503, {}), 7: "drop", 9: 3.0, 11: {"no": "choices"}}
+    trouble = {3: (429, {"Retry-After": "0.3"}), 5: (503, {}), 7: "drop", 9: 6.0, 11: {"no": "choices"}}
 
     def answer(body, attempt):
         number = int(body["messages"][-1]["content"].removeprefix("word")) if "word" in body["messages"][-1]["content"] else None
@@ -231,7 +231,7 @@ def test_a_bad_server_costs_no_answer_and_no_second_request(run_script, serve, w
         return {13: (400, {}), 15: (500, {})}.get(number) or echo(body, attempt)
 
     server = serve(answer)
-    run = run_script(SCRIPT, *flags(work, "--llm-url", server.url, "--timeout", 1))
+    run = run_script(SCRIPT, *flags(work, "--llm-url", server.url, "--timeout", 2.5))
     assert run.returncode == 0, run.stderr
     assert {row["messages"][0]["content"] for row in read_rows(work / "out/data.jsonl")} == {f"word{i}" for i in range(30)} - {
         "word13",
@@ -628,7 +628,7 @@ def test_concurrency_follows_a_server_that_takes_six(run_script, serve, work):
     assert run.returncode == 0, run.stderr
     assert len(read_rows(work / "out/data.jsonl")) == 150
     assert sum(server.asked.values()) < 150 + 100, "fewer refusals than a storm would have"
-    assert 6 < server.most <= 16
+    assert 6 < server.most <= 24
 
 
 def test_small_functions(script):
