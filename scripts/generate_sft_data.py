@@ -844,12 +844,17 @@ class Client:
         async with httpx.AsyncClient(timeout=5) as client:
             while True:
                 with contextlib.suppress(httpx.HTTPError):
-                    text = (await client.get(f"{root}/metrics")).text
-                    found = re.findall(r"^vllm:num_requests_(waiting|running)(?:\{.*\})? ([\d.e+]+)$", text, re.M)
-                    if not found:
+                    queue = queue_of((await client.get(f"{root}/metrics")).text)
+                    if queue is None:
                         return
-                    self.limiter.queued(*(sum(float(value) for name, value in found if name == state) for state in ("waiting", "running")))
+                    self.limiter.queued(*queue)
                 await asyncio.sleep(1)
+
+
+def queue_of(text):
+    """Return the (waiting, running) requests of all engines in vLLM's metrics; None when that is no vLLM."""
+    found = re.findall(r"^vllm:num_requests_(waiting|running)(?:\{.*\})? ([\d.e+]+)$", text, re.M)
+    return tuple(sum(float(value) for name, value in found if name == state) for state in ("waiting", "running")) if found else None
 
 
 def retry_after(headers):

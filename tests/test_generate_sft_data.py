@@ -643,6 +643,10 @@ def test_small_functions(script):
     for text in ("", "[]", '{"a": ', "[" * 5000):
         with pytest.raises(script.Drop):
             script.parse_json(text)
+    metrics = '# TYPE x gauge\nvllm:num_requests_running{engine="0",model_name="m"} 3.0\nvllm:num_requests_running{engine="1"} 4.0\n'
+    metrics += 'vllm:num_requests_waiting{engine="0"} 1.2e+01\nvllm:num_requests_waiting_by_reason{reason="capacity"} 9.0\n'
+    assert script.queue_of(metrics) == (12, 7)
+    assert script.queue_of("<html>") is None
     detect = script.language_detector()
     texts = {
         "en": "How do I read a file line by line?",
