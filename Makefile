@@ -44,11 +44,11 @@ LOCK := requirements$(if $(filter cuda,$(or $(BACKEND),$(if $(wildcard /proc/dri
 ENVIRONMENT := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/stamp.json)
 
 # Files that the line `input: [a, b]` of a recipe names are prerequisites by time, whatever characters their names have
-named = $(shell sed -n 's/^input: *\[\(.*\)\].*/\1/p' $(R)/$(1).yaml 2>/dev/null | tr ',' ' ')
+named = $(shell sed -n 's/^input: *\[\(.*\)\].*/\1/p' $(R)/$(patsubst eval-%,eval,$(1)).yaml 2>/dev/null | tr ',' ' ')
 newer = $(if $(shell find -L $(call named,$(1)) -newer $(call done,$(1)) -print -quit 2>&1),FORCE)
 run = @echo "== $(notdir $(@D))" >&2; $(PYTHON) scripts/$(1) --config $(R)/$(notdir $(@D)).yaml --output $(@D) --overwrite
 
-.PHONY: FORCE help setup demo all table serve ask pretrain eval-kb test lint lock snippets tidy
+.PHONY: FORCE help setup demo all table serve ask pretrain eval-kb test lint lock snippets tidy eval sft-preview
 .PHONY: clean-text dedup tokenizer tokens convert serve-pretrained base-model sft-data sft-gen sft kb
 
 help:
@@ -113,8 +113,12 @@ $(call done,sft-gen): $(R)/sft-gen.yaml $(R)/serve.yaml $(wildcard $(R)/template
 
 sft: $(call done,sft) ## messages + model -> fine-tuned model, by Axolotl, with a certificate
 BASE := $(if $(MODEL),,$(if $(call has,base-model),$(call done,base-model)))
+MODEL_OF = $(or $(MODEL),$(patsubst %/,%,$(dir $(BASE))))
 $(call done,sft): $(R)/sft.yaml $(call done,sft-data) $(BASE) $(if $(MODEL),FORCE) | $(ENVIRONMENT)
-	$(call run,train_sft.py) --data $(OUT)/sft-data $(addprefix --model ,$(or $(MODEL),$(patsubst %/,%,$(dir $(BASE)))))
+	$(call run,train_sft.py) --data $(OUT)/sft-data $(addprefix --model ,$(MODEL_OF))
+
+sft-preview: $(R)/sft.yaml $(call done,sft-data) $(BASE) | $(ENVIRONMENT) ## conversation ROW (default 1) token by token: what is trained, what is cut
+	@$(PYTHON) scripts/preview_sft.py --config $< --data $(OUT)/sft-data --row "$${ROW:-1}" $(addprefix --model ,$(MODEL_OF))
 
 serve: $(R)/serve.yaml $(if $(MODEL),,$(if $(call has,sft),$(call done,sft))) | $(ENVIRONMENT) ## OpenAI-compatible server (vLLM) in the foreground
 	@$(PYTHON) scripts/serve_vllm.py --config $< --port $(PORT) $(addprefix --gpus ,$(GPUS)) \
@@ -129,6 +133,16 @@ ask: $(call done,kb) ## cited answer to Q, or to a log on standard input; by the
 $(call done,ask): $(R)/ask.yaml $(call newer,ask) $(R)/serve.yaml $(call done,kb) $(call done,sft) | $(ENVIRONMENT)
 	@echo "== ask" >&2; $(PYTHON) scripts/serve_vllm.py --config $(R)/serve.yaml --model $(OUT)/sft --port $(PORT) --then "$(PYTHON) \
 	  scripts/answer_errors.py --config $(R)/ask.yaml --uri $(OUT)/kb/errors.db --output $(@D) --overwrite"
+
+# The model that sft starts from, and the one that it writes, served one after the other and asked the same
+eval: $(call done,eval-before) $(call done,eval-after) ## the model before against after sft: loss, stop rate, formats, refusals, with intervals
+	@$(PYTHON) scripts/evaluate_model.py --before $(OUT)/eval-before --after $(OUT)/eval-after --output $(OUT)/eval --overwrite
+evaluate = @echo "== $(notdir $(@D))" >&2; $(PYTHON) scripts/serve_vllm.py --config $(R)/serve.yaml --served-model-name $(notdir $(@D)) --port $(PORT) \
+  --model $(1) --then "$(PYTHON) scripts/evaluate_model.py --config $(R)/eval.yaml --output $(@D) --overwrite"
+$(call done,eval-before): $(R)/eval.yaml $(call newer,eval-before) $(R)/serve.yaml $(BASE) | $(ENVIRONMENT)
+	$(call evaluate,$(or $(MODEL_OF),$(shell sed -n 's/^base_model: *//p' $(R)/sft.yaml)))
+$(call done,eval-after): $(R)/eval.yaml $(call newer,eval-after) $(R)/serve.yaml $(call done,sft) | $(ENVIRONMENT)
+	$(call evaluate,$(OUT)/sft)
 
 eval-kb: $(call done,kb) ## recall, MRR and latency of the retrieval, against BM25 and plain dense
 	@$(PYTHON) scripts/evaluate_retrieval.py --uri $(OUT)/kb/errors.db --queries data/sample/errors/queries.jsonl

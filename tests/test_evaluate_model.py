@@ -1,0 +1,288 @@
+"""evaluate_model.py: graders, intervals and pairing on known cases; against a real vLLM the losses that transformers gives, and lm_eval."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import test_serve_vllm
+from conftest import ROOT, clean_environment
+
+SCRIPT, SAMPLE = "evaluate_model.py", ROOT / "data/sample/eval"
+USER = {"role": "user", "content": "Records:\n[E1] error: a | fix: b\n[E2] error: c | fix: d\n\nQuestion:\n[pid 7] a?"}
+
+
+@pytest.fixture(scope="module")
+def script(load_script):
+    return load_script(SCRIPT)
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def sample_rows():
+    return {path.stem: read_jsonl(path) for path in sorted(SAMPLE.glob("*.jsonl"))}
+
+
+# Graders
+
+
+@pytest.mark.parametrize(
+    ("answer", "known", "unknown"),
+    [
+        ("Use b. [E1]", {"format": 1, "right": 1, "false_refusal": 0}, 0),
+        ("Use b [E1, E2].", {"format": 1, "right": 1, "false_refusal": 0}, 0),
+        ("用 b。[E1；E2]", {"format": 1, "right": 1, "false_refusal": 0}, 0),
+        ("Use d. [E2]", {"format": 1, "right": 0, "false_refusal": 0}, 0),
+        ("Use b. [E1] [E9]", {"format": 0, "right": 0, "false_refusal": 0}, 0),
+        ("Use b. [pid 7]", {"format": 0, "right": 0, "false_refusal": 0}, 0),
+        ("Use b.", {"format": 0, "right": 0, "false_refusal": 0}, 0),
+        ("It is not in the knowledge base: none of these records fits.", {"format": 0, "right": 0, "false_refusal": 1}, 1),
+        ("知识库中没有这个问题：以上记录都不符合。", {"format": 0, "right": 0, "false_refusal": 1}, 1),
+        ("I don't know, but [E1] says b.", {"format": 1, "right": 1, "false_refusal": 0}, 0),
+        ("<think>not in the records? [E9]</think>Use b. [E1]", {"format": 1, "right": 1, "false_refusal": 0}, 0),
+    ],
+)
+def test_grounded_answers(script, answer, known, unknown):
+    row = {"messages": [{"role": "system", "content": "[E9] is an example"}, USER]}
+    assert script.grade(row | {"cite": ["E1"]}, answer, "stop") == {"stopped": 1} | known
+    assert script.grade(row | {"cite": []}, answer, "stop") == {"stopped": 1, "refusal": unknown}
+
+
+def test_json_answers(script):
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
+    row = {"messages": [USER], "schema": schema, "expect": {"a": 1}}
+    for answer, scores in (
+        ('{"a": 1}', (1, 1, 1)),
+        (' {"a":1}\n', (1, 1, 1)),
+        ('{"a": 2}', (1, 1, 0)),
+        ('{"a": "1"}', (1, 0, 0)),
+        ('{"a": 1, "b": 2}', (1, 0, 0)),
+        ('```json\n{"a": 1}\n```', (0, 0, 0)),
+        ('{"a": 1', (0, 0, 0)),
+        ("", (0, 0, 0)),
+    ):
+        graded = script.grade(row, answer, "length")
+        assert (graded["json"], graded["schema"], graded["expected"]) == scores, answer
+        assert graded["stopped"] == 0
+
+
+def test_exact_answers(script):
+    copy, add = {"messages": [USER], "answer": "ba ke"}, {"messages": [USER], "number": 1042}
+    assert [script.grade(copy, a, "stop")["exact"] for a in ("ba ke", " ba ke\n", "ba  ke", "Sure: ba ke", "")] == [1, 1, 0, 0, 0]
+    assert [script.grade(add, a, "stop")["exact"] for a in ("1042", "It is 1,042.", "519 + 523 = 1042", "-1042", "1042 or 7", "")] == [
+        1, 1, 1, 0, 0, 0,
+    ]  # fmt: skip
+
+
+def test_generated_tasks_are_graded_repeatable_and_right(script):
+    rows = script.generate(30, 0)
+    assert rows == script.generate(30, 0) != script.generate(30, 1)
+    assert len({(row["task"], row["id"]) for row in rows}) == len(rows) == 180
+    for row in rows:
+        question = row["messages"][0]["content"]
+        if row["task"].startswith("copy"):
+            assert f"copy {len(row['answer'].split())} words" == row["task"] and question.endswith(f"\n{row['answer']}")
+        else:
+            a, b = map(int, re.findall(r"\d+", question))
+            assert row["number"] == a + b and row["task"] == f"add {len(str(a))} digits" and len(str(a)) == len(str(b))
+
+
+# The sample
+
+
+def test_the_references_of_the_sample_pass_their_own_graders(script):
+    for task, rows in sample_rows().items():
+        for row in rows:
+            script.check_row(row)
+            if script.asks(row):
+                scores = script.grade(row, row["messages"][-1]["content"], "stop")
+                scores["false_refusal"] = 1 - scores.get("false_refusal", 0)
+                assert all(scores.values()), (task, row["id"], scores)
+    known = [bool(row["cite"]) for row in sample_rows()["grounded"]]
+    assert (len(known), sum(known)) == (40, 20)
+    assert {row["id"].partition("-")[0] for rows in sample_rows().values() for row in rows} == {"en", "zh"}
+
+
+def texts_of(value):
+    if isinstance(value, str):
+        return [value]
+    return [
+        text
+        for inner in (value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
+        for text in texts_of(inner)
+    ]
+
+
+def test_the_sample_does_not_overlap_with_the_training_data():
+    """No 24 characters of a question, record or answer stand in data/sample/sft or /errors, but for the task's own fixed sentences."""
+    trained = []
+    for path in [*(ROOT / "data/sample/sft").iterdir(), *(ROOT / "data/sample/errors").glob("records.jsonl")]:
+        for line in [path.read_text(encoding="utf-8")] if path.suffix == ".json" else path.read_text(encoding="utf-8").splitlines():
+            try:
+                trained += texts_of(json.loads(line))
+            except ValueError:
+                trained.append(line)
+    trained = "\n".join(trained)
+    assert "No available memory for the cache blocks" in trained and "知识库中没有这个问题：以上记录都不符合。" in trained
+    fixed = ("It is not in the knowledge base: none of these records fits.", "知识库中没有这个问题：以上记录都不符合。")
+    windows = 0
+    for rows in sample_rows().values():
+        for row in rows:
+            for text in [row["text"]] if "text" in row else [m["content"] for m in row["messages"] if m["role"] != "system"]:
+                for at in range(max(1, len(text) - 23)) if text not in fixed else ():
+                    windows += 1
+                    assert text[at : at + 24] not in trained, (row["id"], text[at : at + 24])
+    assert windows > 10_000
+
+
+# Intervals
+
+
+def test_newcombe_has_the_coverage_it_claims(script):
+    """Pairs drawn with known rates: the 95 % interval holds the true difference in about 95 % of the draws, n = 30."""
+    rng = np.random.default_rng(0)
+    for chances in ([0.5, 0.1, 0.3, 0.1], [0.8, 0.05, 0.1, 0.05], [0.3, 0.05, 0.3, 0.35]):
+        truth, draws = chances[2] - chances[1], rng.multinomial(30, chances, size=1500)
+        counts, times = np.unique(draws, axis=0, return_counts=True)
+        held = 0
+        for pairs, number in zip(counts, times, strict=True):
+            low, high = script.newcombe(*map(int, pairs))
+            assert -1 <= low <= (pairs[2] - pairs[1]) / 30 <= high <= 1
+            held += number * (low <= truth <= high)
+        assert 0.92 <= held / 1500 <= 0.995, chances
+
+
+def test_newcombe_turns_round_with_its_sides(script):
+    low, high = script.newcombe(20, 12, 2, 16)
+    turned = script.newcombe(20, 2, 12, 16)
+    assert (-high, -low) == pytest.approx(turned)
+    assert script.newcombe(0, 0, 10, 0)[0] > 0.5 and script.newcombe(10, 0, 0, 0) == pytest.approx((-0.2775, 0.2775), abs=1e-3)
+
+
+def test_paired_rates(script):
+    before, after = [(0, 1)] * 9 + [(1, 1)] * 11, [(1, 1)] * 19 + [(0, 1)]
+    delta, low, high, p = script.difference(before, after)
+    assert delta == pytest.approx(0.4) and 0 < low < 0.4 < high
+    assert p == pytest.approx(22 / 1024), "9 won, 1 lost of 10: two tails of the binomial"
+    assert script.difference(before, before)[3] == 1.0
+
+
+def test_paired_losses_are_narrower_than_unpaired_ones(script):
+    rng = np.random.default_rng(1)
+    tokens, level = rng.integers(5, 50, 40), rng.uniform(1, 4, 40)
+    before, after = (
+        [(n * x, n) for n, x in zip(tokens, level, strict=True)],
+        [(n * (x - 0.1), n) for n, x in zip(tokens, level, strict=True)],
+    )
+    delta, low, high, p = script.difference(before, after)
+    assert (delta, low, high) == pytest.approx((-0.1, -0.1, -0.1)) and p is None
+    value, alone_low, alone_high = script.interval(before)
+    assert value == pytest.approx(sum(t for t, _ in before) / sum(n for _, n in before)), "per token, not per conversation"
+    assert alone_high - alone_low > 0.3
+    assert script.interval(before) == script.interval(before), "the bootstrap has a fixed seed"
+
+
+def rates(task, values, key="k", metric="exact", **more):
+    return [
+        {"kind": "answer", "task": task, "id": str(at), "key": f"{key}{at}", "scores": {metric: v}} | more for at, v in enumerate(values)
+    ]
+
+
+def test_comparison_pairs_only_equal_questions(script, run_script, tmp_path):
+    loss = {"kind": "loss", "task": "t", "id": "0", "key": "k", "nats": 30.0, "tokens": 10, "bytes": 20, "prompt_tokens": 40}
+    before = [*rates("t", [0] * 12 + [1] * 8, prompt_tokens=9), *rates("gone", [1]), loss, loss | {"id": "1"}]
+    after = [*rates("t", [1] * 19 + [0], prompt_tokens=9), *rates("gone", [1], key="other"), loss | {"nats": 20.0, "prompt_tokens": 41}]
+    after += [loss | {"id": "1", "nats": 10.0}, *rates("t", [0], key="x", metric="stopped")[:0]]
+    write_jsonl(tmp_path / "a.jsonl", before), write_jsonl(tmp_path / "b.jsonl", after)
+    words = ["--before", "a.jsonl", "--after", "b.jsonl"]
+    result = run_script(SCRIPT, *words, "--json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    of = {(figure["task"], figure["metric"]): figure for figure in report["figures"]}
+    assert set(of) == {("t", "exact"), ("t", "loss"), ("t", "bits")}
+    exact, nats = of["t", "exact"], of["t", "loss"]
+    assert (exact["n"], exact["before"]["value"], exact["after"]["value"], exact["verdict"]) == (20, 0.4, 0.95, "better")
+    assert (nats["n"], nats["before"]["value"], nats["after"]["value"], nats["verdict"]) == (2, 3.0, 1.5, "better")
+    assert of["t", "bits"]["before"]["value"] == pytest.approx(30 / 20 / np.log(2))
+    assert report["counts"] == {"pairs": 22, "unpaired_before": 1, "unpaired_after": 1, "other_prompt_tokens": 1}
+    assert "2 measurements have no partner" in result.stderr
+    assert "1 of 22 prompts have another number of tokens" in result.stderr
+    table = run_script(SCRIPT, *words, cwd=tmp_path).stdout
+    assert re.search(r"^t +exact +20 +0\.400 \[.*\] +0\.950 \[.*\] +0\.550 \[.*\] +0?\.?\S* +better$", table, re.M), table
+
+
+def test_comparison_is_kept_and_printed_again(run_script, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", rates("t", [0, 1, 1])), write_jsonl(tmp_path / "b.jsonl", rates("t", [1, 1, 1]))
+    words = ["--before", "a.jsonl", "--after", "b.jsonl", "--output", "out"]
+    first, second = (run_script(SCRIPT, *words, cwd=tmp_path) for _ in range(2))
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert first.stdout == second.stdout and "up to date" in second.stderr
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["summary"] == "1 measures: 0 better, 0 worse, 1 not shown"
+    write_jsonl(tmp_path / "b.jsonl", rates("t", [1, 0, 1]))
+    assert run_script(SCRIPT, *words, cwd=tmp_path).returncode == 3
+
+
+def test_lower_can_be_better(script):
+    rows = [rates("t", values, metric="false_refusal") for values in ([1] * 10, [0] * 10)]
+    assert [script.compare(*sides)[0][0]["verdict"] for sides in (rows, rows[::-1])] == ["better", "worse"]
+
+
+# What a user may do wrong
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{broken", "line 2"),
+        ('{"messages": []}', "no object with a text in `id`"),
+        ('{"id": "b"}', "neither a `text` nor `messages`"),
+        ('{"id": "b", "text": " "}', "`text` is empty"),
+        ('{"id": "b", "messages": [{"role": "user", "content": "x"}]}', "no assistant's turn to score"),
+        ('{"id": "b", "messages": [{"role": "assistant", "content": "x"}], "answer": "x"}', "nothing is asked"),
+        ('{"id": "b", "messages": [{"role": "user", "content": "x"}], "schema": {"type": "map"}}', "is no JSON schema"),
+        ('{"id": "b", "messages": [{"role": "user", "content": "x"}], "cite": "E1"}', "`cite` is no list"),
+        ('{"id": "a", "text": "x"}', "the id 'a' stands twice in the task 'rows'"),
+    ],
+)
+def test_a_bad_row_is_named_before_a_server_is_asked(run_script, tmp_path, line, words):
+    (tmp_path / "rows.jsonl").write_text('{"id": "a", "text": "x"}\n' + line + "\n")
+    result = run_script(SCRIPT, "--input", "rows.jsonl", "--output", "out", "--llm-url", "http://127.0.0.1:1/v1", cwd=tmp_path)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "rows.jsonl line 2: " in result.stderr and words in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_usage(run_script, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", rates("t", [1])), write_jsonl(tmp_path / "b.jsonl", rates("t", [1], key="other"))
+    (tmp_path / "half").mkdir()
+    write_jsonl(tmp_path / "half/answers.jsonl", rates("t", [1]))
+    for words, code, sentence in (
+        (["--before", "a.jsonl"], 2, "come together"),
+        ([], 2, "give --output"),
+        (["--output", "out", "--refusal", "("], 2, "no regular expression"),
+        (["--output", "out", "--generated", 0], 1, "nothing to measure"),
+        (["--output", "out", "--input", "none.jsonl"], 1, "none.jsonl: no such file"),
+        (["--output", "out", "--llm-url", "http://127.0.0.1:1/v1"], 1, "no model answers at http://127.0.0.1:1/v1"),
+        (["--before", "a.jsonl", "--after", "none"], 1, "none: no finished evaluation"),
+        (["--before", "half", "--after", "a.jsonl"], 1, "half: no finished evaluation"),
+        (["--before", "a.jsonl", "--after", "b.jsonl"], 1, "no question in common"),
+    ):
+        result = run_script(SCRIPT, *words, cwd=tmp_path)
+        assert (result.returncode, sentence in result.stderr) == (code, True), result.stderr
+        assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
