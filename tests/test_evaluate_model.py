@@ -1,20 +1,11 @@
 """evaluate_model.py: graders, intervals and pairing on known cases; against a real vLLM the losses that transformers gives, and lm_eval."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import threading
-import time
-import urllib.request
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-import test_serve_vllm
-from conftest import ROOT, clean_environment
+from conftest import ROOT
 
 SCRIPT, SAMPLE = "evaluate_model.py", ROOT / "data/sample/eval"
 USER = {"role": "user", "content": "Records:\n[E1] error: a | fix: b\n[E2] error: c | fix: d\n\nQuestion:\n[pid 7] a?"}
