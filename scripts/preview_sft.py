@@ -364,8 +364,9 @@ def main():
     print(place, *notes, "", paint(texts, labels, limit, colour), "", columns(role_table(count_roles(labels, roles))), sep="\n")
     if args.tokens:
         entries = strategy.tokenizer.convert_ids_to_tokens(ids)
-        table = [(at, ids[at], roles[at], "trained" if labels[at] != MASKED else "", visible(entries[at])) for at in range(len(ids))]
-        print("", columns([("at", "id", "role", "", "token"), *table]), sep="\n")
+        print("", f"{'at':>6} {'id':>7}  {'role':<9}  {'':<7}  token", sep="\n")
+        for at, (token, role, trained, entry) in enumerate(zip(ids, roles, labels, entries, strict=True)):
+            print(f"{at:>6} {token:>7}  {role:<9}  {'trained' * (trained != MASKED):<7}  {visible(entry)}")
     if args.limit != 0:
         print("", summary.text(excess), sep="\n")
 

@@ -2,10 +2,17 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from conftest import ROOT
+import test_serve_vllm
+from conftest import ROOT, clean_environment
 
 SCRIPT, SAMPLE = "evaluate_model.py", ROOT / "data/sample/eval"
 USER = {"role": "user", "content": "Records:\n[E1] error: a | fix: b\n[E2] error: c | fix: d\n\nQuestion:\n[pid 7] a?"}
@@ -278,3 +285,196 @@ def test_bad_usage(run_script, tmp_path):
         result = run_script(SCRIPT, *words, cwd=tmp_path)
         assert (result.returncode, sentence in result.stderr) == (code, True), result.stderr
         assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
+
+
+# From here on vLLM serves the hand-made model of test_serve_vllm.py: it answers every question with one byte and ends.
+
+CONVERSATIONS = [
+    {"id": "turns", "messages": [
+        {"role": "system", "content": "Be short."}, {"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi, there"},
+        {"role": "user", "content": "再见"}, {"role": "assistant", "content": "再见！\n"},
+    ]},
+    {"id": "unweighted", "messages": [
+        {"role": "user", "content": "A"}, {"role": "assistant", "content": "wrong", "weight": 0},
+        {"role": "user", "content": "B"}, {"role": "assistant", "content": "b"},
+    ]},
+    {"id": "too long", "messages": [{"role": "user", "content": "x" * 600}, {"role": "assistant", "content": "y"}]},
+    {"id": "text", "text": "明月 and the moon"},
+    {"id": "json", "messages": [{"role": "user", "content": "JSON?"}], "schema": {"type": "object"}},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The URL of a vLLM, and the folder of its model."""
+    folder = tmp_path_factory.mktemp("eval") / "model"
+    test_serve_vllm.write_model(folder)
+    words = ["--port", test_serve_vllm.free_port(), "--served-model-name", "tiny", "--max-model-len", "512"]
+    process = test_serve_vllm.start(folder, *words)
+    try:
+        url = process.stdout.readline().strip()
+        assert url, process.stderr.read()
+        threading.Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would stop it
+        yield url, folder
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+class Proxy(ThreadingHTTPServer):
+    """An endpoint that has only what `paths` names of the server behind it, and never echoes a prompt when `echo` is false."""
+
+    def __init__(self, url, paths, echo):
+        behind = url.removesuffix("/v1")
+
+        class Handler(BaseHTTPRequestHandler):
+            def answer(self, body=None):
+                code, text = 404, b'{"error": "not here"}'
+                if self.path in paths:
+                    if body and not echo:
+                        body = json.dumps(json.loads(body) | {"echo": False}).encode()
+                    code, text = 200, urllib.request.urlopen(
+                        urllib.request.Request(behind + self.path, body, {"Content-Type": "application/json"})
+                    ).read()  # fmt: skip
+                self.send_response(code)
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text)
+
+            def do_GET(self):
+                self.answer()
+
+            def do_POST(self):
+                self.answer(self.rfile.read(int(self.headers["Content-Length"])))
+
+            def log_message(self, *_):
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+
+def expected_nats(folder, row):
+    """Return (nats, tokens) of a row's trained turns, or of its text, by transformers and the template written out here."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def nats(before, whole):
+        start, ids = len(tokenizer(before)["input_ids"]), tokenizer(whole)["input_ids"]
+        scores = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        return [-float(scores[at - 1, ids[at]]) for at in range(max(1, start), len(ids))]
+
+    if "text" in row:
+        found = nats("", row["text"])
+        return sum(found), len(found)
+    found, text = [], ""
+    for message in row["messages"]:
+        head, body = f"<|im_start|>{message['role']}\n", f"{message['content']}<|im_end|>"
+        if message["role"] == "assistant" and message.get("weight") != 0:
+            found += nats(text + head, text + head + body)
+        text += head + body + "\n"
+    return sum(found), len(found)
+
+
+@pytest.mark.slow
+def test_losses_are_those_of_transformers(script, server, run_script, tmp_path):
+    url, folder = server
+    write_jsonl(tmp_path / "rows.jsonl", CONVERSATIONS)
+    words = ["--input", "rows.jsonl", "--output", "out", "--llm-url", url, "--generated", 2, "--max-tokens", 8]
+    result = run_script(SCRIPT, *words, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = {(row["kind"], row["task"], row["id"]): row for row in read_jsonl(tmp_path / "out/answers.jsonl")}
+    assert len(rows) == 4 + 1 + 12
+    for row in CONVERSATIONS[:2] + CONVERSATIONS[3:4]:
+        found = rows["loss", "rows", row["id"]]
+        nats, tokens = expected_nats(folder, row)
+        assert found["tokens"] == tokens and found["nats"] == pytest.approx(nats, rel=1e-4), row["id"]
+    content = "Hi, there" + "再见！\n"
+    assert rows["loss", "rows", "turns"]["bytes"] == len(content.encode()) == rows["loss", "rows", "turns"]["tokens"] - 2
+    assert rows["loss", "rows", "text"]["bytes"] == len(CONVERSATIONS[3]["text"].encode()) - 1
+    assert "error" in rows["loss", "rows", "too long"] and "1 of 17 could not be measured" in result.stderr
+    answer = rows["answer", "rows", "json"]
+    assert (answer["finish_reason"], answer["completion_tokens"], answer["scores"]) == ("stop", 2, {"stopped": 1, "json": 0, "schema": 0})
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["metrics"]["all answers: stopped"]["value"] == 1.0 and manifest["metrics"]["all answers: stopped"]["n"] == 13
+    assert manifest["settings"]["model"][0] == "tiny" and manifest["counts"] == {"measurements": 17, "errors": 1}
+    assert re.search(r"^all answers +stop rate +13 +1\.000 \[0\.772, 1\.000\]$", result.stdout, re.M)
+    assert "up to date" in run_script(SCRIPT, *words, cwd=tmp_path).stderr
+    assert run_script(SCRIPT, *words, "--seed", 1, cwd=tmp_path).returncode == 3
+
+
+@pytest.mark.slow
+def test_kill_9_loses_no_answer(server, run_script, tmp_path):
+    url, _ = server
+    words = ["--output", "out", "--llm-url", url, "--generated", "60", "--max-tokens", "4", "--concurrency", "1"]
+    command = [sys.executable, "-I", ROOT / "scripts" / SCRIPT, *words]
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=tmp_path, env=clean_environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    path = tmp_path / "out/answers.jsonl"
+    assert test_serve_vllm.wait_until(lambda: path.exists() and path.read_bytes().count(b"\n") >= 10, 120)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "out/manifest.json").exists()
+    held = path.read_bytes().split(b"\n")[:-1]
+    with open(path, "ab") as file:
+        file.write(b'{"kind": "answer", "task": "copy 2 w')  # what a kill within a write leaves
+    result = run_script(SCRIPT, *words, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"going on: {len(held)} of 360 measurements" in result.stderr
+    lines = path.read_bytes().splitlines()
+    assert len(lines) == 360 and set(held) <= set(lines)
+
+
+@pytest.mark.slow
+def test_an_endpoint_that_scores_no_prompts(script, server, run_script, tmp_path):
+    """Another server than vLLM: without /tokenize, then with a local tokenizer, with and without echo."""
+    url, folder = server
+    paths = ["/v1/models", "/v1/chat/completions"]
+    write_jsonl(tmp_path / "rows.jsonl", CONVERSATIONS)
+    result = run_script(
+        SCRIPT, "--input", "rows.jsonl", "--output", "out", "--llm-url", Proxy(url, paths, True).url, "--generated", 1, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert "cannot give them, it has no /tokenize; give --tokenizer (HTTP 404); the rest is measured" in result.stderr
+    metrics = json.loads((tmp_path / "out/manifest.json").read_text())["metrics"]
+    assert metrics["all answers: stopped"]["n"] == 7 and metrics["no_loss"] and not any("loss" in name for name in metrics if ":" in name)
+    silent = script.Endpoint(Proxy(url, [*paths, "/v1/completions"], False).url, None, folder)
+    assert silent.probe() == "its /completions does not echo the log-probabilities of the prompt"
+    none = script.Endpoint(Proxy(url, paths, True).url, None, folder)
+    assert none.probe() == "it does not score prompts (HTTP 404)"
+    whole, own = script.Endpoint(Proxy(url, [*paths, "/v1/completions"], True).url, None, folder), script.Endpoint(url, "tiny", None)
+    assert whole.probe() == own.probe() == ""
+    assert (whole.extra, own.extra) == ({}, {"repetition_penalty": 1})
+    for row in CONVERSATIONS[:2]:
+        assert script.score_conversation(whole, row) == pytest.approx(script.score_conversation(own, row), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_lm_eval_runs_a_local_task_and_says_when_data_is_missing(server, run_script, tmp_path):
+    url, _ = server
+    # what the model thinks of a choice does not depend on the question, so it is right in every second one
+    data = write_jsonl(tmp_path / "facts.jsonl", [{"q": f"Say {at}", "choices": ["z", "b"], "answer": at % 2} for at in range(6)])
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/facts.yaml").write_text(
+        f"task: facts\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
+        "output_type: multiple_choice\n"
+        'doc_to_text: "{{q}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: answer\ntarget_delimiter: ""\n'
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    words = ["--llm-url", url, "--generated", 0, "--include-path", "tasks", "--json"]
+    cache = {"HF_HOME": str(tmp_path / "hf")}
+    result = run_script(SCRIPT, *words, "--output", "out", "--lm-eval", "facts", cwd=tmp_path, env=cache)
+    assert result.returncode == 0, result.stderr
+    (figure,) = json.loads(result.stdout)["figures"]
+    assert (figure["task"], figure["metric"], figure["n"], figure["value"]) == ("lm-eval facts", "acc", 6, 0.5)
+    report = json.loads(next((tmp_path / "out/lm-eval").rglob("results_*.json")).read_text())
+    assert report["results"]["facts"]["acc,none"] == 0.5
+    sample = read_jsonl(next((tmp_path / "out/lm-eval").rglob("samples_*.jsonl")))[0]
+    assert "<|im_start|>assistant" in json.dumps(sample["arguments"]), "the chat template is applied"
+    result = run_script(SCRIPT, *words, "--output", "out2", "--lm-eval", "hellaswag", cwd=tmp_path, env=cache)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "the data of hellaswag is not at hand (ConnectionError: Couldn't reach 'Rowan/hellaswag' on the Hub" in result.stderr
