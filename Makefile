@@ -139,7 +139,7 @@ eval: $(call done,eval-before) $(call done,eval-after) ## the model before again
 	@$(PYTHON) scripts/evaluate_model.py --before $(OUT)/eval-before --after $(OUT)/eval-after --output $(OUT)/eval --overwrite
 evaluate = @echo "== $(notdir $(@D))" >&2; $(PYTHON) scripts/serve_vllm.py --config $(R)/serve.yaml --served-model-name $(notdir $(@D)) --port $(PORT) \
   --model $(1) --then "$(PYTHON) scripts/evaluate_model.py --config $(R)/eval.yaml --output $(@D) --overwrite"
-$(call done,eval-before): $(R)/eval.yaml $(call newer,eval-before) $(R)/serve.yaml $(BASE) | $(ENVIRONMENT)
+$(call done,eval-before): $(R)/eval.yaml $(call newer,eval-before) $(R)/serve.yaml $(BASE) $(if $(MODEL),FORCE) | $(ENVIRONMENT)
 	$(call evaluate,$(or $(MODEL_OF),$(shell sed -n 's/^base_model: *//p' $(R)/sft.yaml)))
 $(call done,eval-after): $(R)/eval.yaml $(call newer,eval-after) $(R)/serve.yaml $(call done,sft) | $(ENVIRONMENT)
 	$(call evaluate,$(OUT)/sft)

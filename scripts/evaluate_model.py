@@ -31,7 +31,7 @@ Exit    0 done; 1 failed, also when a benchmark's data is not at hand; 2 bad usa
 Needs   the endpoint; 200 MB of memory, lm_eval 1 GB.
 
 Rates have Wilson's interval, their difference Newcombe's for pairs (Statist. Med. 17, 1998, method 10) and McNemar's exact p, not
-corrected for the number of rows; losses and other means have the paired bootstrap over conversations.
+corrected for the number of rows. Losses and other means have Student's t over conversations, their difference over pairs of them.
 """
 
 import argparse
@@ -68,7 +68,6 @@ METRICS = {  # metric: (label, whether more is better)
     "exact": ("exact", True),
 }
 COPIED, DIGITS = (2, 4, 8), (1, 2, 3)  # grades of the generated tasks: words to copy, digits of the terms to add
-DRAWS = 10_000  # bootstrap samples
 REFUSAL = (
     r"not (?:\w+ )?in the (?:knowledge base|records?|context)|no(?:ne of the(?:se)?)? records?\b"
     r"|(?:can(?:no|')t|unable to) (?:answer|find|help)|(?:do(?:es)? not|don't|doesn't) (?:know|contain|mention|provide|have)"
@@ -520,7 +519,7 @@ def measure(rows, endpoint, args, scored, path):
             return head | reply | {"scores": grade(row, reply["answer"], reply["finish_reason"], args.refusal)}
         except Unscored as error:
             return head | {"error": str(error)}
-        except endpoint.openai.BadRequestError as error:
+        except (endpoint.openai.BadRequestError, endpoint.openai.UnprocessableEntityError) as error:
             return head | {"error": " ".join(str(error).split())[:300]}
 
     left = [name for name in jobs if name not in done]
@@ -537,14 +536,14 @@ def measure(rows, endpoint, args, scored, path):
         reason = " ".join(str(error).split())[:200]
         fail(f"the endpoint failed after {len(done)} of {len(jobs)} measurements ({reason}); the same command goes on")
     finally:
+        if len(done) < len(jobs):  # requests in flight end at once, not when their answers do
+            endpoint.client.close()
         pool.shutdown(wait=False, cancel_futures=True)
     return [done[name] for name in jobs]
 
 
 def run_lm_eval(endpoint, args, folder):
     """Run lm_eval's tasks against the endpoint; return their samples as rows. SystemExit says in a sentence why there are none."""
-    import yaml  # noqa: F401  lm_eval's, named here so that a missing one is told before the run
-
     tokenizer = args.tokenizer or endpoint.root
     if not tokenizer:
         fail("lm_eval needs the model's tokenizer, which this endpoint does not name; give --tokenizer DIR")
@@ -604,21 +603,33 @@ def columns_of(rows):
     return found, lower
 
 
+def is_rate(top, bottom):
+    return set(top) <= {0.0, 1.0} and set(bottom) == {1.0}
+
+
+def spread(parts):
+    """Return half the width of the 95 % interval of a ratio of sums, or of a difference of two, from what each row adds to it ([n], sum 0).
+
+    This is the ratio estimator's linearised standard error (Cochran, Sampling Techniques, 1977, ch. 6; for evaluations Miller,
+    arXiv:2411.00640) with Student's t. Of 400 skewed samples of 8 rows it held the truth in 91 %, the percentile bootstrap in 86 %.
+    """
+    from scipy.stats import t
+
+    n = len(parts)
+    return float(t.ppf(0.975, n - 1) * math.sqrt(n / (n - 1) * (parts**2).sum())) if n > 1 else math.nan
+
+
 def interval(values):
-    """Return (value, low, high) of [(numerator, denominator)]: Wilson's 95 % interval of a rate, else the bootstrap's over rows."""
+    """Return (value, low, high) of [(numerator, denominator)]: Wilson's 95 % interval of a rate, else Student's over rows."""
     import numpy as np
     from scipy.stats import binomtest
 
     top, bottom = np.array(values, dtype=float).T
-    value = top.sum() / bottom.sum()
-    if set(top) <= {0.0, 1.0} and set(bottom) == {1.0}:
-        low, high = binomtest(int(top.sum()), len(top)).proportion_ci(method="wilson")
-    elif len(top) == 1:
-        low = high = math.nan
-    else:
-        weights = np.random.default_rng(0).multinomial(len(top), np.full(len(top), 1 / len(top)), DRAWS)
-        low, high = np.quantile(weights @ top / (weights @ bottom), (0.025, 0.975))
-    return float(value), float(low), float(high)
+    value = float(top.sum() / bottom.sum())
+    if is_rate(top, bottom):
+        return value, *map(float, binomtest(int(top.sum()), len(top)).proportion_ci(method="wilson"))
+    half = spread((top - value * bottom) / bottom.sum())
+    return value, value - half, value + half
 
 
 def newcombe(both, lost, won, neither):
@@ -643,16 +654,13 @@ def difference(before, after):
     from scipy.stats import binomtest
 
     (top1, bottom1), (top2, bottom2) = (np.array(side, dtype=float).T for side in (before, after))
-    delta = float(top2.sum() / bottom2.sum() - top1.sum() / bottom1.sum())
-    if set(top1) | set(top2) <= {0.0, 1.0} and set(bottom1) | set(bottom2) == {1.0}:
+    one, two = float(top1.sum() / bottom1.sum()), float(top2.sum() / bottom2.sum())
+    if is_rate(top1, bottom1) and is_rate(top2, bottom2):
         both, lost, won = int((top1 * top2).sum()), int((top1 > top2).sum()), int((top2 > top1).sum())
         p = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
-        return delta, *newcombe(both, lost, won, len(top1) - both - lost - won), p
-    if len(top1) == 1:
-        return delta, math.nan, math.nan, None
-    weights = np.random.default_rng(0).multinomial(len(top1), np.full(len(top1), 1 / len(top1)), DRAWS)
-    low, high = np.quantile(weights @ top2 / (weights @ bottom2) - weights @ top1 / (weights @ bottom1), (0.025, 0.975))
-    return delta, float(low), float(high), None
+        return two - one, *newcombe(both, lost, won, len(top1) - both - lost - won), p
+    half = spread((top2 - two * bottom2) / bottom2.sum() - (top1 - one * bottom1) / bottom1.sum())
+    return two - one, two - one - half, two - one + half, None
 
 
 def figures_of(rows):

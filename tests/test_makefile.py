@@ -86,6 +86,27 @@ def test_a_touched_file_reruns_its_stage_and_those_after_it(tree, touched, expec
     assert stages_to_run(tree) == expected
 
 
+def test_eval_serves_again_only_what_has_changed(tree):
+    def served(*touched):
+        for age, name in enumerate(("eval-before", "eval-after", "eval")):
+            manifest = tree / f"data/out/demo/{name}/manifest.json"
+            manifest.parent.mkdir(exist_ok=True)
+            manifest.write_text("{}")
+            os.utime(manifest, (3_000_000 + age, 3_000_000 + age))
+        for name in touched:
+            os.utime(tree / name)
+        answer = make("-n", "eval", cwd=tree)
+        assert answer.returncode == 0 and "--before data/out/demo/eval-before --after data/out/demo/eval-after" in answer.stdout
+        return re.findall(r'^echo "== ([\w-]+)"', answer.stdout, re.M)
+
+    assert served() == []
+    assert served("data/sample/eval/json.jsonl") == ["eval-before", "eval-after"]
+    os.utime(tree / "data/sample/eval/json.jsonl", (1_000_000, 1_000_000))
+    assert served("recipes/demo/sft.yaml") == ["sft", "eval-after"]
+    os.utime(tree / "recipes/demo/sft.yaml", (1_000_000, 1_000_000))
+    assert "--model Qwen/Qwen3-8B " in make("-n", "eval", "MODEL=Qwen/Qwen3-8B", cwd=tree).stdout
+
+
 def test_the_second_engine_takes_the_place_of_the_first(tree):
     os.utime(tree / "recipes/demo/pretrain-hf.yaml")
     assert stages_to_run(tree, "ENGINE=hf") == ["pretrain-hf", "serve-pretrained"]
