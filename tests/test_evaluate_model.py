@@ -199,13 +199,13 @@ def test_paired_losses_are_narrower_than_unpaired_ones(script):
 
 def test_mean_intervals_hold_what_they_claim(script):
     """Skewed losses of few conversations of unequal length: the interval of the ratio holds the truth in about 95 % of the draws."""
-    rng, held = np.random.default_rng(0), {12: 0, 60: 0}
+    rng, held = np.random.default_rng(0), {20: 0, 60: 0}
     for n in held:
         for _ in range(400):
             tokens, level = rng.integers(5, 60, n), rng.lognormal(0.7, 0.5, n)
             _, low, high = script.interval(list(zip(tokens * level, tokens, strict=True)))
             held[n] += low <= np.exp(0.7 + 0.5**2 / 2) <= high
-    assert held[12] / 400 >= 0.88 and held[60] / 400 >= 0.93
+    assert held[20] / 400 >= 0.89 and held[60] / 400 >= 0.93
 
 
 def test_equal_lengths_give_the_textbook_interval(script):
@@ -233,7 +233,7 @@ def test_comparison_pairs_only_equal_questions(script, run_script, tmp_path):
     assert set(of) == {("t", "exact"), ("t", "loss"), ("t", "bits")}
     exact, nats = of["t", "exact"], of["t", "loss"]
     assert (exact["n"], exact["before"]["value"], exact["after"]["value"], exact["verdict"]) == (20, 0.4, 0.95, "better")
-    assert (nats["n"], nats["before"]["value"], nats["after"]["value"], nats["verdict"]) == (2, 3.0, 1.5, "better")
+    assert (nats["n"], nats["before"]["value"], nats["after"]["value"], nats["verdict"]) == (2, 3.0, 1.5, "not shown")
     assert of["t", "bits"]["before"]["value"] == pytest.approx(30 / 20 / np.log(2))
     assert report["counts"] == {"pairs": 22, "unpaired_before": 1, "unpaired_after": 1, "other_prompt_tokens": 1}
     assert "2 measurements have no partner" in result.stderr
