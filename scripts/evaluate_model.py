@@ -13,7 +13,7 @@ Usage:
     python scripts/evaluate_model.py --output out/bench --lm-eval gsm8k --generated 0 --lm-eval-args "--num_fewshot 5"
     make eval RECIPE=demo
 
-A row of INPUT is measured by what it has; `id` is required, `task` names its group (default: the file's name).
+A row of INPUT is measured by what it has; `task` names its group (default: the file's name), `id` the row (default: a hash).
   {"messages": [..., assistant]}        loss of the assistant's tokens, end token included, as the served template renders them
   {"text"}                              loss of a plain text
   {"messages", "schema", "expect"?}     the whole answer is JSON, valid by this JSON schema, and equal to `expect`
@@ -241,8 +241,8 @@ def check_row(row):
     """ValueError, with the reason, when a row of the evaluation data cannot be measured."""
     import jsonschema
 
-    if not isinstance(row, dict) or not isinstance(row.get("id"), str):
-        raise ValueError("no object with a text in `id`")
+    if not isinstance(row, dict):
+        raise ValueError("no JSON object")
     if "text" in row:
         if not (isinstance(row["text"], str) and row["text"].strip()):
             raise ValueError("`text` is empty")
@@ -250,8 +250,8 @@ def check_row(row):
     messages = row.get("messages")
     if not (isinstance(messages, list) and messages and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages)):
         raise ValueError("neither a `text` nor `messages` of {role, content}")
-    asked, answered = asks(row), any(message["role"] == "assistant" for message in messages)
-    if not asked and not answered:
+    asked = asks(row)
+    if not asked and not scores(row):
         raise ValueError("no assistant's turn to score, and no schema, cite, answer or number to grade by")
     if asked and not prompt_of(row):
         raise ValueError("nothing is asked before the assistant's turn")
@@ -264,7 +264,13 @@ def check_row(row):
 
 
 def asks(row):
+    """Return whether an answer is asked for."""
     return any(key in row for key in ("schema", "cite", "answer", "number"))
+
+
+def scores(row):
+    """Return whether a row has tokens whose loss counts."""
+    return "text" in row or any(message["role"] == "assistant" and message.get("weight") != 0 for message in row["messages"])
 
 
 def prompt_of(row):
@@ -274,9 +280,11 @@ def prompt_of(row):
 
 
 def read_rows(paths, limit):
-    """Return the rows of JSONL files and folders, each with a `task`; at most `limit` of each file. SystemExit names a bad line."""
+    """Return the rows of JSONL files, and of folders (their data*.jsonl, or all), each with `task` and `id`; at most `limit` of each file.
+    SystemExit names a bad line."""
     rows, seen = [], set()
-    for path in [f for p in map(Path, paths) for f in (sorted(p.glob("*.jsonl")) if p.is_dir() else [p])]:
+    folders = {p: sorted(p.glob("data*.jsonl")) or sorted(p.glob("*.jsonl")) for p in map(Path, paths) if p.is_dir()}
+    for path in [file for p in map(Path, paths) for file in folders.get(p, [p])]:
         if not path.is_file():
             fail(f"{path}: no such file; look at --input")
         taken = 0
@@ -286,7 +294,7 @@ def read_rows(paths, limit):
             try:
                 row = json.loads(raw)
                 check_row(row)
-                row.setdefault("task", path.stem)
+                row = {"task": path.stem} | row | {"id": str(row.get("id", digest(row)))}
                 if (row["task"], row["id"]) in seen:
                     raise ValueError(f"the id {row['id']!r} stands twice in the task {row['task']!r}")
             except ValueError as error:
@@ -491,8 +499,7 @@ def measure(rows, endpoint, args, scored, path):
     jobs = {}
     for row in rows:
         base = {"task": row["task"], "id": row["id"]}
-        turns = "text" in row or any(m["role"] == "assistant" and m.get("weight") != 0 for m in row["messages"])
-        if scored and turns:
+        if scored and scores(row):
             asked = {key: row.get(key) for key in ("text", "messages", "tools")}
             jobs[("loss", row["task"], row["id"])] = (row, {"kind": "loss"} | base | {"key": digest(asked)})
         if asks(row):
@@ -547,13 +554,14 @@ def run_lm_eval(endpoint, args, folder):
     tokenizer = args.tokenizer or endpoint.root
     if not tokenizer:
         fail("lm_eval needs the model's tokenizer, which this endpoint does not name; give --tokenizer DIR")
-    log = folder.with_suffix(".log")
+    log, cache = folder.with_suffix(".log"), folder.with_name(".lm-eval-cache")  # answers that a killed run has had are not asked again
     shutil.rmtree(folder, ignore_errors=True)
     model = {"model": endpoint.card.id, "base_url": f"{endpoint.url}/completions", "tokenizer": str(tokenizer), "max_retries": 4}
     model |= {"tokenizer_backend": "huggingface", "num_concurrent": args.concurrency, "timeout": 1800, "seed": args.seed}
     model |= {"max_length": getattr(endpoint.card, "max_model_len", None) or 2048}
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "local-completions", "--model_args", json.dumps(model)]
     command += ["--tasks", ",".join(args.lm_eval), "--output_path", str(folder), "--log_samples", "--seed", str(args.seed)]
+    command += ["--use_cache", str(cache)]
     command += ["--include_path", str(args.include_path)] if args.include_path else []
     command += ["--apply_chat_template"] if args.chat_template else []
     command += shlex.split(args.lm_eval_args)
@@ -764,15 +772,14 @@ def evaluate(args):
     path, benchmarks = run.output / "answers.jsonl", []
     if args.lm_eval:
         benchmarks = run_lm_eval(endpoint, args, run.output / "lm-eval")
+    wanted = args.loss and any(map(scores, rows))
     try:
-        reason = (
-            endpoint.probe() if args.loss and any("text" in r or r["messages"][-1]["role"] == "assistant" for r in rows) else "--no-loss"
-        )
+        reason = endpoint.probe() if wanted else ""
     except endpoint.openai.OpenAIError as error:
         fail(f"the endpoint failed ({' '.join(str(error).split())[:200]}); look at its log, and at OPENAI_API_KEY")
-    if reason not in ("", "--no-loss"):
+    if reason:
         note(f"no losses: {args.llm_url} cannot give them, {reason}; the rest is measured")
-    measured = measure(rows, endpoint, args, not reason, path) + benchmarks
+    measured = measure(rows, endpoint, args, wanted and not reason, path) + benchmarks
     with write_atomic(path, "w") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in measured)
     errors = [row for row in measured if "error" in row]
@@ -780,7 +787,7 @@ def evaluate(args):
         first = f"{errors[0]['task']} {errors[0]['id']}: {errors[0]['error']}"
         note(f"{len(errors)} of {len(measured)} could not be measured and count nowhere; the first is {first}")
     if len(errors) == len(measured):
-        fail(f"nothing could be measured: {errors[0]['error']}")
+        fail("nothing could be measured; " + (errors[0]["error"] if errors else reason or "give other data, or take --no-loss away"))
     figures, counts = figures_of(measured), {"measurements": len(measured), "errors": len(errors)}
     show(figures, counts, args.json)
     names = {"loss": "loss", "stopped": "stop rate"}

@@ -1,4 +1,4 @@
-"""evaluate_model.py: graders, intervals and pairing on known cases; against a real vLLM the losses that transformers gives, and lm_eval."""
+"""evaluate_model.py: graders, intervals and pairing on known cases; against a real vLLM the losses that the weights give, and lm_eval."""
 
 import json
 import re
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import test_serve_vllm
 from conftest import ROOT, clean_environment
+from safetensors.numpy import load_file
 
 SCRIPT, SAMPLE = "evaluate_model.py", ROOT / "data/sample/eval"
 USER = {"role": "user", "content": "Records:\n[E1] error: a | fix: b\n[E2] error: c | fix: d\n\nQuestion:\n[pid 7] a?"}
@@ -266,7 +267,8 @@ def test_lower_can_be_better(script):
     ("line", "words"),
     [
         ("{broken", "line 2"),
-        ('{"messages": []}', "no object with a text in `id`"),
+        ("[1]", "no JSON object"),
+        ('{"messages": []}', "neither a `text` nor `messages`"),
         ('{"id": "b"}', "neither a `text` nor `messages`"),
         ('{"id": "b", "text": " "}', "`text` is empty"),
         ('{"id": "b", "messages": [{"role": "user", "content": "x"}]}', "no assistant's turn to score"),
@@ -282,6 +284,17 @@ def test_a_bad_row_is_named_before_a_server_is_asked(run_script, tmp_path, line,
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "rows.jsonl line 2: " in result.stderr and words in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_come_from_a_folder_as_the_stages_write_it(script, tmp_path):
+    """data*.jsonl only, where there are such; a row without an id gets a stable one, one with a number keeps it as text."""
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    write_jsonl(tmp_path / "data-00000.jsonl", [{"messages": messages}, {"id": 7, "messages": messages}])
+    write_jsonl(tmp_path / "rejected.jsonl", [{"reason": "none"}])
+    rows = script.read_rows([tmp_path], None)
+    assert [row["task"] for row in rows] == ["data-00000"] * 2 and rows[1]["id"] == "7"
+    assert rows == script.read_rows([tmp_path], None) and len(rows[0]["id"]) == 16
+    assert len(script.read_rows([tmp_path], 1)) == 1
 
 
 def test_bad_usage(run_script, tmp_path):
@@ -373,16 +386,19 @@ class Proxy(ThreadingHTTPServer):
 
 
 def expected_nats(folder, row):
-    """Return (nats, tokens) of a row's trained turns, or of its text, by transformers and the template written out here."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """Return (nats, tokens) of a row's trained turns, or of its text, from the weights and the template written out here.
 
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    Attention and MLP add nothing, so the logits after a token are the RMS norm of its embedding times the output matrix.
+    """
+    weights = {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+    states = weights["model.embed_tokens.weight"].astype(np.float64)
+    logits = states / np.sqrt((states**2).mean(1, keepdims=True) + 1e-6) @ weights["lm_head.weight"].astype(np.float64).T
+    log_probabilities = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    tokenizer = test_serve_vllm.byte_tokenizer()
 
     def nats(before, whole):
-        start, ids = len(tokenizer(before)["input_ids"]), tokenizer(whole)["input_ids"]
-        scores = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        return [-float(scores[at - 1, ids[at]]) for at in range(max(1, start), len(ids))]
+        start, ids = len(tokenizer.encode(before).ids), tokenizer.encode(whole).ids
+        return [-log_probabilities[ids[at - 1], ids[at]] for at in range(max(1, start), len(ids))]
 
     if "text" in row:
         found = nats("", row["text"])
@@ -397,7 +413,7 @@ def expected_nats(folder, row):
 
 
 @pytest.mark.slow
-def test_losses_are_those_of_transformers(script, server, run_script, tmp_path):
+def test_losses_are_those_of_the_weights(script, server, run_script, tmp_path):
     url, folder = server
     write_jsonl(tmp_path / "rows.jsonl", CONVERSATIONS)
     words = ["--input", "rows.jsonl", "--output", "out", "--llm-url", url, "--generated", 2, "--max-tokens", 8]
