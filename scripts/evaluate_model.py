@@ -549,23 +549,29 @@ def measure(rows, endpoint, args, scored, path):
     return [done[name] for name in jobs]
 
 
-def run_lm_eval(endpoint, args, folder):
-    """Run lm_eval's tasks against the endpoint; return their samples as rows. SystemExit says in a sentence why there are none."""
-    tokenizer = args.tokenizer or endpoint.root
-    if not tokenizer:
-        fail("lm_eval needs the model's tokenizer, which this endpoint does not name; give --tokenizer DIR")
+def run_lm_eval(endpoint, args, folder, scored):
+    """Run lm_eval's tasks against the endpoint; return their samples as rows. SystemExit says in a sentence why there are none.
+
+    `scored`: whether the endpoint scores prompts; without that lm_eval has the chat interface, and only tasks that generate run.
+    """
     log, cache = folder.with_suffix(".log"), folder.with_name(".lm-eval-cache")  # answers that a killed run has had are not asked again
     shutil.rmtree(folder, ignore_errors=True)
-    model = {"model": endpoint.card.id, "base_url": f"{endpoint.url}/completions", "tokenizer": str(tokenizer), "max_retries": 4}
-    model |= {"tokenizer_backend": "huggingface", "num_concurrent": args.concurrency, "timeout": 1800, "seed": args.seed}
-    model |= {"max_length": getattr(endpoint.card, "max_model_len", None) or 2048}
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", "local-completions", "--model_args", json.dumps(model)]
+    kind = "local-completions" if scored else "local-chat-completions"
+    model = {"model": endpoint.card.id, "base_url": f"{endpoint.url}/{'' if scored else 'chat/'}completions", "max_retries": 4}
+    model |= {"num_concurrent": args.concurrency, "timeout": 1800, "seed": args.seed}
+    if scored:
+        tokenizer = args.tokenizer or endpoint.root
+        if not tokenizer:
+            fail("lm_eval needs the model's tokenizer, which this endpoint does not name; give --tokenizer DIR")
+        model |= {"tokenizer": str(tokenizer), "tokenizer_backend": "huggingface"}
+        model |= {"max_length": getattr(endpoint.card, "max_model_len", None) or 2048}
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", kind, "--model_args", json.dumps(model)]
     command += ["--tasks", ",".join(args.lm_eval), "--output_path", str(folder), "--log_samples", "--seed", str(args.seed)]
     command += ["--use_cache", str(cache)]
     command += ["--include_path", str(args.include_path)] if args.include_path else []
-    command += ["--apply_chat_template"] if args.chat_template else []
+    command += ["--apply_chat_template"] if args.chat_template or not scored else []
     command += shlex.split(args.lm_eval_args)
-    note(f"lm_eval {' '.join(args.lm_eval)}; log: {log}")
+    note(f"lm_eval {' '.join(args.lm_eval)} by {kind}; log: {log}")
     quiet = {"TQDM_MININTERVAL": "10", "DO_NOT_TRACK": "1", "OPENAI_API_KEY": os.environ.get("OPENAI_API_KEY", "none")}
     with open(log, "w", encoding="utf-8") as file:
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | quiet).returncode
@@ -769,16 +775,14 @@ def evaluate(args):
     args.model = endpoint.identity()  # other answers may follow from another model of the same name
     inputs = [*args.input, *([args.include_path] if args.include_path else [])]
     run = Run("eval", args, inputs, ("llm_url", "concurrency", "json", "before", "after"))
-    path, benchmarks = run.output / "answers.jsonl", []
-    if args.lm_eval:
-        benchmarks = run_lm_eval(endpoint, args, run.output / "lm-eval")
-    wanted = args.loss and any(map(scores, rows))
+    path, wanted = run.output / "answers.jsonl", args.loss and any(map(scores, rows))
     try:
-        reason = endpoint.probe() if wanted else ""
+        reason = endpoint.probe() if wanted or args.lm_eval else ""
     except endpoint.openai.OpenAIError as error:
         fail(f"the endpoint failed ({' '.join(str(error).split())[:200]}); look at its log, and at OPENAI_API_KEY")
-    if reason:
+    if wanted and reason:
         note(f"no losses: {args.llm_url} cannot give them, {reason}; the rest is measured")
+    benchmarks = run_lm_eval(endpoint, args, run.output / "lm-eval", not reason) if args.lm_eval else []  # first: it fails for more reasons
     measured = measure(rows, endpoint, args, wanted and not reason, path) + benchmarks
     with write_atomic(path, "w") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in measured)

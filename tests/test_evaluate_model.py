@@ -339,7 +339,7 @@ def server(tmp_path_factory):
     """The URL of a vLLM, and the folder of its model."""
     folder = tmp_path_factory.mktemp("eval") / "model"
     test_serve_vllm.write_model(folder)
-    words = ["--port", test_serve_vllm.free_port(), "--served-model-name", "tiny", "--max-model-len", "512"]
+    words = ["--port", test_serve_vllm.free_port(), "--served-model-name", "tiny", "--max-model-len", "512", "--dtype", "float32"]
     process = test_serve_vllm.start(folder, *words)
     try:
         url = process.stdout.readline().strip()
@@ -367,6 +367,7 @@ class Proxy(ThreadingHTTPServer):
                         urllib.request.Request(behind + self.path, body, {"Content-Type": "application/json"})
                     ).read()  # fmt: skip
                 self.send_response(code)
+                self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(text)))
                 self.end_headers()
                 self.wfile.write(text)
@@ -508,6 +509,17 @@ def test_lm_eval_runs_a_local_task_and_says_when_data_is_missing(server, run_scr
     assert report["results"]["facts"]["acc,none"] == 0.5
     sample = read_jsonl(next((tmp_path / "out/lm-eval").rglob("samples_*.jsonl")))[0]
     assert "<|im_start|>assistant" in json.dumps(sample["arguments"]), "the chat template is applied"
+    (tmp_path / "tasks/say.yaml").write_text(
+        f"task: say\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\noutput_type: generate_until\n"
+        'doc_to_text: "{{q}}"\ndoc_to_target: "{{choices[answer]}}"\ngeneration_kwargs: {until: ["<|im_end|>"], max_gen_toks: 4}\n'
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+    )
+    chat = Proxy(url, ["/v1/models", "/v1/chat/completions"], True).url
+    result = run_script(SCRIPT, *words, "--llm-url", chat, "--output", "chat", "--lm-eval", "say", cwd=tmp_path, env=cache)
+    assert result.returncode == 0, result.stderr
+    (figure,) = json.loads(result.stdout)["figures"]
+    assert (figure["task"], figure["metric"], figure["n"], figure["value"]) == ("lm-eval say", "exact_match", 6, 0.0)
+    assert "by local-chat-completions" in result.stderr
     result = run_script(SCRIPT, *words, "--output", "out2", "--lm-eval", "hellaswag", cwd=tmp_path, env=cache)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "the data of hellaswag is not at hand (ConnectionError: Couldn't reach 'Rowan/hellaswag' on the Hub" in result.stderr
