@@ -255,8 +255,11 @@ def check_row(row):
         raise ValueError("no assistant's turn to score, and no schema, cite, answer or number to grade by")
     if asked and not prompt_of(row):
         raise ValueError("nothing is asked before the assistant's turn")
-    if not isinstance(row.get("cite", []), list):
-        raise ValueError("`cite` is no list of ids")
+    for key, kind, words in (("cite", list, "a list of ids"), ("answer", str, "a text"), ("number", int, "a whole number")):
+        if not isinstance(row.get(key, kind()), kind):
+            raise ValueError(f"`{key}` is not {words}")
+    if asked and not all(isinstance(message.get("content"), str) for message in prompt_of(row) if message["role"] == "user"):
+        raise ValueError("a user's content is not text")
     try:
         jsonschema.validators.validator_for(row.get("schema", {})).check_schema(row.get("schema", {}))
     except jsonschema.SchemaError as error:
@@ -444,7 +447,7 @@ def score_conversation(endpoint, row):
             raise Unscored("the template renders the turn otherwise than the prompt it would answer")
         nats, texts = endpoint.log_probabilities(whole)
         end = len(whole)
-        while end > len(before) and not texts[end - 1].strip():  # a newline after the end token is markup
+        while end > len(before) and texts[end - 1].isspace():  # a newline after the end token is markup
             end -= 1
         total["nats"] += sum(nats[len(before) : end])
         total["tokens"] += end - len(before)

@@ -274,7 +274,10 @@ def test_lower_can_be_better(script):
         ('{"id": "b", "messages": [{"role": "user", "content": "x"}]}', "no assistant's turn to score"),
         ('{"id": "b", "messages": [{"role": "assistant", "content": "x"}], "answer": "x"}', "nothing is asked"),
         ('{"id": "b", "messages": [{"role": "user", "content": "x"}], "schema": {"type": "map"}}', "is no JSON schema"),
-        ('{"id": "b", "messages": [{"role": "user", "content": "x"}], "cite": "E1"}', "`cite` is no list"),
+        ('{"id": "b", "messages": [{"role": "user", "content": "x"}], "cite": "E1"}', "`cite` is not a list"),
+        ('{"id": "b", "messages": [{"role": "user", "content": "x"}], "answer": 1}', "`answer` is not a text"),
+        ('{"id": "b", "messages": [{"role": "user", "content": "x"}], "number": "1"}', "`number` is not a whole"),
+        ('{"id": "b", "messages": [{"role": "user", "content": [1]}], "number": 1}', "content is not text"),
         ('{"id": "a", "text": "x"}', "the id 'a' stands twice in the task 'rows'"),
     ],
 )
