@@ -15,7 +15,7 @@ Usage:
 
 A row of INPUT is measured by what it has; `task` names its group (default: the file's name), `id` the row (default: a hash).
   {"messages": [..., assistant]}        loss of the assistant's tokens, end token included, as the served template renders them
-  {"text"}                              loss of a plain text
+  {"text"}                              loss of a plain text, after a newline
   {"messages", "schema", "expect"?}     the whole answer is JSON, valid by this JSON schema, and equal to `expect`
   {"messages", "cite": [ids]}           grounded answer: cites only records shown (`[id]` at the beginning of a user's line), a right one
                                         among them; with "cite": [] no record answers, and the model should refuse
@@ -427,10 +427,13 @@ class Endpoint:
 
 
 def score_text(endpoint, text):
-    """Return {nats, tokens, bytes, prompt_tokens} of a text; the first token has no prediction unless a special token precedes it."""
-    nats, texts = endpoint.log_probabilities(endpoint.encode(text))
-    unscored = len(texts[0].encode()) if text.startswith(texts[0]) else 0
-    return {"nats": sum(nats[1:]), "tokens": len(nats) - 1, "bytes": len(text.encode()) - unscored, "prompt_tokens": len(nats)}
+    """Return {nats, tokens, bytes, prompt_tokens} of a text after a newline, so that every byte has a prediction, whatever the tokenizer."""
+    text = text.lstrip("\n")
+    context, ids = endpoint.encode("\n"), endpoint.encode(text)
+    special = next((at for at, (a, b) in enumerate(zip(context, ids, strict=False)) if a != b), 0)  # a begin token stands in both
+    nats, _ = endpoint.log_probabilities(context + ids[special:])
+    nats = nats[len(context) :]
+    return {"nats": sum(nats), "tokens": len(nats), "bytes": len(text.encode()), "prompt_tokens": len(context) + len(nats)}
 
 
 def score_conversation(endpoint, row):

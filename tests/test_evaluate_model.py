@@ -214,6 +214,27 @@ def test_equal_lengths_give_the_textbook_interval(script):
     assert script.interval([(value, 1) for value in range(1, 11)]) == pytest.approx((5.5, 3.3341, 7.6659), abs=1e-4)
 
 
+def test_a_text_is_scored_whole_whether_or_not_the_tokenizer_has_a_begin_token(script):
+    """A stand-in of ids only: each token costs its own id."""
+
+    class Ids:
+        begin = ()
+
+        def encode(self, text):
+            return [*self.begin, *text.encode()]
+
+        def log_probabilities(self, ids):
+            self.asked = ids
+            return [None, *ids[1:]], [""] * len(ids)
+
+    for begin in ((), (300,)):
+        endpoint = Ids()
+        endpoint.begin = begin
+        found = script.score_text(endpoint, "\n明a")
+        assert endpoint.asked == [*begin, 10, *"明a".encode()]
+        assert found == {"nats": sum("明a".encode()), "tokens": 4, "bytes": 4, "prompt_tokens": 5 + len(begin)}
+
+
 def rates(task, values, key="k", metric="exact", **more):
     return [
         {"kind": "answer", "task": task, "id": str(at), "key": f"{key}{at}", "scores": {metric: v}} | more for at, v in enumerate(values)
@@ -402,10 +423,10 @@ def expected_nats(folder, row):
 
     def nats(before, whole):
         start, ids = len(tokenizer.encode(before).ids), tokenizer.encode(whole).ids
-        return [-log_probabilities[ids[at - 1], ids[at]] for at in range(max(1, start), len(ids))]
+        return [-log_probabilities[ids[at - 1], ids[at]] for at in range(start, len(ids))]
 
     if "text" in row:
-        found = nats("", row["text"])
+        found = nats("\n", "\n" + row["text"])
         return sum(found), len(found)
     found, text = [], ""
     for message in row["messages"]:
@@ -431,7 +452,7 @@ def test_losses_are_those_of_the_weights(script, server, run_script, tmp_path):
         assert found["tokens"] == tokens and found["nats"] == pytest.approx(nats, rel=1e-4), row["id"]
     content = "Hi, there" + "再见！\n"
     assert rows["loss", "rows", "turns"]["bytes"] == len(content.encode()) == rows["loss", "rows", "turns"]["tokens"] - 2
-    assert rows["loss", "rows", "text"]["bytes"] == len(CONVERSATIONS[3]["text"].encode()) - 1
+    assert rows["loss", "rows", "text"]["bytes"] == rows["loss", "rows", "text"]["tokens"] == len(CONVERSATIONS[3]["text"].encode())
     assert "error" in rows["loss", "rows", "too long"] and "1 of 17 could not be measured" in result.stderr
     answer = rows["answer", "rows", "json"]
     assert (answer["finish_reason"], answer["completion_tokens"], answer["scores"]) == ("stop", 2, {"stopped": 1, "json": 0, "schema": 0})
