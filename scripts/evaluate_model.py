@@ -427,7 +427,7 @@ class Endpoint:
 
 
 def score_text(endpoint, text):
-    """Return {nats, tokens, bytes, prompt_tokens} of a text after a newline, so that every byte has a prediction, whatever the tokenizer."""
+    """Return {nats, tokens, bytes, prompt_tokens} of a text after a newline, so that every byte has a prediction under any tokenizer."""
     text = text.lstrip("\n")
     context, ids = endpoint.encode("\n"), endpoint.encode(text)
     special = next((at for at, (a, b) in enumerate(zip(context, ids, strict=False)) if a != b), 0)  # a begin token stands in both
