@@ -51,7 +51,7 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 METRICS = {  # metric: (label, whether more is better)
@@ -536,22 +536,17 @@ def measure(rows, endpoint, args, scored, path):
             return head | {"error": " ".join(str(error).split())[:300]}
 
     left = [name for name in jobs if name not in done]
-    pool = ThreadPoolExecutor(args.concurrency)
+    pool = ThreadPool(args.concurrency)  # of daemons: an interrupt does not wait for the answers in flight
     try:
         with open(path, "a", encoding="utf-8") as file:
-            futures = {pool.submit(work, name): name for name in left}
-            for future in tqdm(as_completed(futures), total=len(left), unit="answer", disable=not sys.stderr.isatty()):
-                done[futures[future]] = future.result()
-                file.write(json.dumps(future.result(), ensure_ascii=False) + "\n")
+            for row in tqdm(pool.imap_unordered(work, left), total=len(left), unit="answer", disable=not sys.stderr.isatty()):
+                done[row["kind"], row["task"], row["id"]] = row
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
     except endpoint.openai.OpenAIError as error:
         reason = " ".join(str(error).split())[:200]
         fail(f"the endpoint failed after {len(done)} of {len(jobs)} measurements ({reason}); the same command goes on")
-    finally:
-        if len(done) < len(jobs):  # requests in flight end at once, not when their answers do
-            endpoint.client.close()
-        pool.shutdown(wait=False, cancel_futures=True)
     return [done[name] for name in jobs]
 
 

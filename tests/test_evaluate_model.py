@@ -341,6 +341,50 @@ def test_bad_usage(run_script, tmp_path):
         assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
 
 
+class Stalled(ThreadingHTTPServer):
+    """An endpoint that lists its model and never answers; `asked` is set by the first question, `end` lets it go."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        self.asked, self.end = threading.Event(), threading.Event()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                body = b'{"object": "list", "data": [{"id": "m", "object": "model", "created": 0, "owned_by": "x"}]}'
+                self.send_response(200 if self.path == "/v1/models" else 404)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def do_POST(self):
+                self.server.asked.set()
+                self.server.end.wait()
+
+            def log_message(self, *_):
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+def test_an_interrupt_does_not_wait_for_answers_in_flight(tmp_path):
+    server = Stalled()
+    words = ["--output", "out", "--llm-url", f"http://127.0.0.1:{server.server_port}/v1", "--generated", "1"]
+    command = [sys.executable, "-I", str(ROOT / "scripts" / SCRIPT), *words]
+    process = subprocess.Popen(command, cwd=tmp_path, env=clean_environment(), stderr=subprocess.PIPE, text=True)
+    try:
+        assert server.asked.wait(60)
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=60)[1]
+        assert process.returncode == 130 and error.endswith("interrupted; the same command goes on from here\n"), error
+    finally:
+        process.kill()
+        server.end.set()
+        server.shutdown()
+
+
 # From here on vLLM serves the hand-made model of test_serve_vllm.py: it answers every question with one byte and ends.
 
 CONVERSATIONS = [
