@@ -32,6 +32,7 @@ Needs   the endpoint; 200 MB of memory, lm_eval 1 GB.
 
 Rates have Wilson's interval, their difference Newcombe's for pairs (Statist. Med. 17, 1998, method 10) and McNemar's exact p, not
 corrected for the number of rows. Losses and other means have Student's t over conversations, their difference over pairs of them.
+A row is called better or worse when the interval of its difference leaves out 0 and, for a rate, p is below 0.05.
 """
 
 import argparse
@@ -699,7 +700,7 @@ def compare(before, after):
             continue
         sides = [[side[name][1:] for name in pairs] for side in (a, b)]
         delta, low, high, p = difference(*sides)
-        shown = (low > 0) - (high < 0)
+        shown = (low > 0) - (high < 0) if p is None or p < 0.05 else 0
         verdict = "not shown" if not shown else "better" if (shown > 0) != (metric in lower) else "worse"
         entry = {"task": task, "metric": metric, "n": len(pairs)}
         for side, values in zip(("before", "after"), sides, strict=True):

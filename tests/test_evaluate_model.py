@@ -276,6 +276,12 @@ def test_comparison_is_kept_and_printed_again(run_script, tmp_path):
     assert run_script(SCRIPT, *words, cwd=tmp_path).returncode == 3
 
 
+def test_four_of_four_show_nothing(script):
+    """Newcombe's interval leaves out 0 for 4 lost of 10, McNemar's p is 2 / 2⁴: not enough to call it worse."""
+    (figure,), _ = script.compare(rates("t", [1] * 4 + [0] * 6), rates("t", [0] * 10))
+    assert figure["difference"]["high"] < 0 and figure["p"] == 0.125 and figure["verdict"] == "not shown"
+
+
 def test_lower_can_be_better(script):
     rows = [rates("t", values, metric="false_refusal") for values in ([1] * 10, [0] * 10)]
     assert [script.compare(*sides)[0][0]["verdict"] for sides in (rows, rows[::-1])] == ["better", "worse"]
