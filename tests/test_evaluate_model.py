@@ -379,7 +379,9 @@ def test_an_interrupt_does_not_wait_for_answers_in_flight(tmp_path):
     server = Stalled()
     words = ["--output", "out", "--llm-url", f"http://127.0.0.1:{server.server_port}/v1", "--generated", "1"]
     command = [sys.executable, "-I", str(ROOT / "scripts" / SCRIPT), *words]
-    process = subprocess.Popen(command, cwd=tmp_path, env=clean_environment(), stderr=subprocess.PIPE, text=True)
+    options = {"stderr": subprocess.PIPE, "text": True, "env": clean_environment()}
+    # a test run in the background has the interrupt ignored, and its children inherit that
+    process = subprocess.Popen(command, cwd=tmp_path, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)
     try:
         assert server.asked.wait(60)
         process.send_signal(signal.SIGINT)
