@@ -103,17 +103,18 @@ sft-data: $(call done,sft-data) ## Alpaca, OpenAI, ShareGPT, ChatML -> messages,
 $(call done,sft-data): $(R)/sft-data.yaml $(call newer,sft-data) | $(ENVIRONMENT)
 	$(call run,convert_sft_format.py)
 
+# The model that sft starts from: MODEL, the recipe's own, or none, when the recipe file names it
+BASE := $(if $(MODEL),,$(if $(call has,base-model),$(call done,base-model)))
+MODEL_OF := $(or $(MODEL),$(patsubst %/,%,$(dir $(BASE))))
+
 sft-gen: $(call done,sft-gen) ## templates x seeds x the served model -> new rows, filtered
-GENERATOR := $(or $(MODEL),$(if $(call has,base-model),$(OUT)/base-model))
-$(call done,sft-gen): $(R)/sft-gen.yaml $(R)/serve.yaml $(wildcard $(R)/templates/*) $(call newer,sft-gen) \
-  $(if $(MODEL),FORCE,$(if $(call has,base-model),$(call done,base-model))) | $(ENVIRONMENT)
+$(call done,sft-gen): $(R)/sft-gen.yaml $(R)/serve.yaml $(wildcard $(R)/templates/*) $(call newer,sft-gen) $(BASE) $(if $(MODEL),FORCE) \
+  | $(ENVIRONMENT)
 	@echo "== sft-gen" >&2; $(PYTHON) scripts/serve_vllm.py --config $(R)/serve.yaml --port $(PORT) $(addprefix --gpus ,$(GPUS)) \
-	  $(if $(GENERATOR),--model $(GENERATOR) --served-model-name $(notdir $(GENERATOR))) --then "$(PYTHON) \
+	  $(if $(MODEL_OF),--model $(MODEL_OF) --served-model-name $(notdir $(MODEL_OF))) --then "$(PYTHON) \
 	  scripts/generate_sft_data.py --config $(R)/sft-gen.yaml --output $(@D) --overwrite"
 
 sft: $(call done,sft) ## messages + model -> fine-tuned model, by Axolotl, with a certificate
-BASE := $(if $(MODEL),,$(if $(call has,base-model),$(call done,base-model)))
-MODEL_OF = $(or $(MODEL),$(patsubst %/,%,$(dir $(BASE))))
 $(call done,sft): $(R)/sft.yaml $(call done,sft-data) $(BASE) $(if $(MODEL),FORCE) | $(ENVIRONMENT)
 	$(call run,train_sft.py) --data $(OUT)/sft-data $(addprefix --model ,$(MODEL_OF))
 
@@ -156,8 +157,9 @@ setup: ## build the environment, or mend it
 $(VENV)/stamp.json: $(LOCK) $(wildcard patches/series patches/*/*.patch)
 	$(build)
 
+# Two files at a time (pytest-xdist): much of a test's time is one thread that imports a large package
 test: lint ## every test, the demo chain among them
-	@$(PYTHON) -m pytest
+	@$(PYTHON) -m pytest -n 2 --dist loadfile --durations 20
 
 lint: | $(ENVIRONMENT) ## ruff, shellcheck
 	@ruff check . && ruff format --check . && shellcheck env.sh .ci/run scripts/*.sh

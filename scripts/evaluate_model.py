@@ -130,9 +130,12 @@ def write_atomic(path, mode="wb"):
 class Run:
     """One run of a stage: exits 0 when OUTPUT holds it already, 3 when it holds something else; the manifest comes last."""
 
+    output = "output"  # what an error is about that names no file
+
     def __init__(self, stage, args, inputs, ignore=()):
         """`inputs`: files and folders that decide the result; `ignore`: names of settings that do not."""
-        self.output, self.start, self.digests = Path(args.output), time.time(), {}
+        self.output = Run.output = Path(args.output)
+        self.start, self.digests = time.time(), {}
         skip = {"config", "output", "overwrite", *ignore}
         found = [f for p in map(Path, inputs) for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]
         files = [(str(f), f.stat()) for f in found if f.name != "manifest.json" and not f.name.startswith(".")]
@@ -219,8 +222,13 @@ def run_main(main):
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error.filename or 'output'}: {error.strerror or error}; mend that and run it again")
+    except Exception as error:
+        words = ("No space left on device", "File too large", "Disk quota exceeded")  # packages raise these as errors of their own
+        full = next((word for word in words if word in str(error)), "")
+        if not isinstance(error, OSError) and not full:
+            raise
+        place, why = getattr(error, "filename", None) or Run.output, full or error.strerror or error
+        sys.exit(f"{Path(sys.argv[0]).name}: {place}: {why}; mend that and run it again")
 
 
 # <<<
