@@ -1,28 +1,40 @@
 #!/usr/bin/env -S uv run --script
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["orjson>=3.10", "pyarrow>=16", "pyyaml>=6", "tqdm>=4.66", "zstandard>=0.22"]
+# dependencies = ["orjson>=3.10", "pyarrow>=16", "pyyaml>=6", "tqdm>=4.66", "xxhash>=3", "zstandard>=0.22"]
 # ///
-"""Convert conversations between OpenAI chat, Alpaca, ShareGPT, ChatML and `messages`, any to any, and say what did not fit.
+"""Convert conversations and preference data between the formats in use, any to any, and say what did not fit.
 
 Usage:
     python scripts/convert_sft_format.py --input data/sample/sft --output /tmp/sft
     python scripts/convert_sft_format.py --input chats.parquet more.json.gz --from sharegpt --to openai --output /tmp/openai
+    python scripts/convert_sft_format.py --input qa.csv --map instruction=question output=reply --explain 3
     zcat chats.jsonl.gz | python scripts/convert_sft_format.py --input - --to alpaca --output - > alpaca.jsonl
     make sft-data RECIPE=demo
 
-messages  the OpenAI chat superset of this toolkit: thinking is in `reasoning_content`, tool arguments are JSON strings
-openai    the same with thinking as <think> in the content; the deprecated `function_call` and `functions` are read as well
-alpaca    instruction, input, output, system, history; tool calls as in chatml, but no tool results
-sharegpt  conversations [{from, value}] with function_call turns; ms-swift's conversation [{human, assistant}] is read as well
-chatml    {"text": "<|im_start|>user\\n…<|im_end|>\\n…"}, a call is <tool_call> JSON in the answer; a text file has a blank line or
-          <|endoftext|> between two conversations
+messages      the OpenAI chat superset of this toolkit: thinking is in `reasoning_content`, tool arguments are JSON strings; a
+              preference pair has the prompt in `messages`, and `chosen` and `rejected`, lists of messages (as Axolotl reads them);
+              a labelled answer (KTO) is a conversation with `label`: true or false
+openai        the same with thinking as <think> in the content; function_call and functions are read as well; DPO: input {messages,
+              tools}, preferred_output, non_preferred_output
+alpaca        instruction, input, output, system, history; tool calls as in chatml, but no tool results; chosen and rejected as
+              texts, or kto_tag (LLaMA-Factory)
+sharegpt      conversations [{from, value}] with function_call turns; chosen and rejected as turns, or kto_tag (LLaMA-Factory);
+              ms-swift's conversation [{human, assistant}] is read as well
+chatml        {"text": "<|im_start|>user\\n…<|im_end|>\\n…"}, a call is <tool_call> JSON in the answer; a text file has a blank line or
+              <|endoftext|> between two conversations
+swift         ms-swift's messages with tool_call and tool_response turns and `loss`; rejected_response, or label
+input_output  Axolotl's segments [{label, text}] of ChatML text; weight 0 is label false. Other text does not tell its turns
+trl           messages; prompt, chosen, rejected; or prompt, completion, label; arguments are objects, as chat templates want them
+
+A row stays what it is: conversation, pair, or labelled answer. `--pairs chosen` makes a conversation of a pair, `--pairs label`
+two labelled ones; chatml and input_output hold no pair.
 
 Reads   .jsonl, .json (array), .csv, .parquet, .txt, each plain, .gz or .zst; folders; "-" (stdin).
 Writes  OUTPUT/data.jsonl; rejected.jsonl {file, line, reason, remedy, raw}; losses.jsonl {file, line, id, field, value, reason}, found by
         reading each row back as it was written; manifest.json, last. `--output -`: data on stdout, both ledgers on stderr.
         Every record ends in data or in rejected. Unknown keys go along; null, [] and "" in an optional field count as absent.
-        `id` and `source` are kept, or else a hash of source and messages, and the file's name.
+        `id` and `source` are kept, or else a hash of source and turns, and the file's name.
 Exit    0 done or up to date; 1 failed, or --strict met a loss or reject; 2 bad usage; 3 refused: OUTPUT holds another run, or the
         format is in doubt.
 Needs   CPU only, no network; memory does not grow with the input.
@@ -47,17 +59,29 @@ import shutil
 import subprocess
 import sys
 import time
+import unicodedata
 import zlib
 from collections import Counter
 from pathlib import Path
 
 import orjson
+import xxhash
 import zstandard
 from tqdm import tqdm
 
-FORMATS = ("messages", "openai", "alpaca", "sharegpt", "chatml")
-OPENAI = ("messages", "openai")
-SIGNS = ({"instruction", "output"}, "alpaca"), ({"conversations"}, "sharegpt"), ({"conversation"}, "sharegpt"), ({"messages"}, "openai")
+# the formats, and the keys of a row with a meaning of their own there: an unknown key of such a name cannot go along into it
+OWN = {
+    "messages": {"messages", "system", "functions", "chosen", "rejected"},
+    "openai": {"messages", "system", "functions", "chosen", "rejected", "input", "preferred_output", "non_preferred_output"},
+    "alpaca": {"instruction", "input", "output", "system", "history", "chosen", "rejected", "kto_tag"},
+    "sharegpt": {"conversations", "conversation", "system", "chosen", "rejected", "kto_tag"},
+    "chatml": {"text"},
+    "swift": {"messages", "system", "rejected_response"},
+    "input_output": {"segments"},
+    "trl": {"messages", "prompt", "completion", "chosen", "rejected"},
+}
+OPENAI, ROLED, PARTS = ("messages", "openai"), ("messages", "openai", "swift", "trl"), ("messages", "openai", "trl")
+CONTRACT, ANSWERS = {"messages", "tools", "chosen", "rejected"}, ("chosen", "rejected")
 ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
 ROLES |= {"human": "user", "gpt": "assistant", "function_call": "assistant", "tool_call": "assistant"}
 ROLES |= {"observation": "tool", "tool_response": "tool", "function": "tool"}
@@ -65,16 +89,21 @@ INPUT = "alpaca input"  # key of a message that marks, inside this program, wher
 NOT_IN_SHAREGPT = {"role", "content", "from", "value", "reasoning_content", "tool_calls", "tool_call_id", INPUT}
 SHAREGPT = {"system": "system", "developer": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 TURNS = {name: role for role, name in SHAREGPT.items() if role != "developer"}
-# row keys with a meaning of their own in a format: an unknown key of such a name cannot go along into it
-OWN = {"alpaca": {"instruction", "input", "output", "system", "history"}, "sharegpt": {"conversations", "conversation", "system"}}
-OWN |= {"chatml": {"text", "system"}} | {form: {"messages", "system", "functions"} for form in OPENAI}
+NAMES = {*ROLES, *itertools.chain.from_iterable(OWN.values()), "role", "content", "from", "value", "tools", "label", "id", "source"}
+ALIASES = {"instruction": ("query", "question", "prompt", "problem"), "output": ("response", "answer")}  # as ms-swift knows them
 OPTIONAL = {"name", "refusal", "function_call", "tool_calls", "tool_call_id", "weight", "reasoning_content", "audio"}
-NESTED = {"messages", "conversations", "conversation", "history", "tools", "functions"}  # tables hold these as JSON texts
+NESTED = {"messages", "conversations", "conversation", "history", "tools", "functions", "segments"}  # tables hold these as JSON texts
+NESTED |= {"preferred_output", "non_preferred_output"}
+SCALARS = {str, int, bool}
+BARE = {"role", "content", "tool_calls", "weight"}  # keys of a message that is a call and nothing else
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt", ".chatml")
+FILES = ("data.jsonl", "rejected.jsonl", "losses.jsonl")
 HEAD = 20  # records from which --from auto knows the format
 
-SET_OFF, ESCAPED = re.compile(rb'"[ \t\r\n]+:'), re.compile(rb"\\u00[23]")
+ESCAPED_QUOTE = re.compile(rb"\\u0022")
+START, END, BETWEEN_RESULTS = "<|im_start|>", "<|im_end|>", "\n</tool_response>\n<tool_response>\n"  # the last as LLaMA-Factory joins them
 SPECIAL = re.compile(r"<\|[^|<>\s]{1,64}\|>|<｜[^｜<>\s]{1,64}｜>|<(?:start|end)_of_turn>")
+MARK = re.compile(rb"<(?:\||\xef\xbd\x9c|/?tool_|think>|start_of|end_of)")  # what may be special, thinking or a call, in JSON
 THINK = re.compile(r"\s*<think>\n?(.*?)\n?</think>\n{0,2}(.*)", re.S)
 TOOL_CALL = re.compile(r"\s*<tool_call>\s*(.*?)\s*</tool_call>\s*", re.S)
 TOOL_RESPONSE = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.S)
@@ -84,22 +113,42 @@ SPACE = re.compile(r"\s*")
 
 REMEDIES = {
     "not JSON": "mend the line: strict JSON in UTF-8",
+    "lone surrogate": "half of a character was cut off: mend the text",
     "duplicate key": "keep one of the two",
     "number beyond 64 bits": "write it as a string",
+    "value without a JSON form": "mend it: text must be UTF-8, a value JSON",
+    "nested too deeply": "flatten the record",
+    "record is not an object": "write one JSON object a record",
+    "more cells than columns": "quote the cell that holds a comma",
     "special token in the text": "a tokenizer would take it for a control token: rewrite or remove it",
     "no turns": "mend the record, or name its format with --from",
-    "unknown role": f"use one of {', '.join(ROLES)}",
+    "turn is not an object": "mend the turn, or name the record's format with --from",
+    "content is not text": "write texts, or name the record's format with --from",
+    "content is not text, or tool calls are not a list": "write a text, or a list of parts; tool_calls is a list",
+    "unknown role": f"use one of {', '.join(ROLES)}, or --map user=NAME",
     "two system prompts": "keep the system text of the row or the system turn",
     "two user turns in a row": "join them, or add the answer between them",
     "empty answer": "write the answer or remove the record",
     "empty question": "write the question or remove the record",
+    "no content": "write the text or remove the turn",
+    "no assistant turn": "add the answer or remove the record",
     "tool call is not JSON": 'write {"name": …, "arguments": {…}}',
     "tool call without a function name": 'write {"name": …, "arguments": {…}}',
     "arguments are not a JSON object": "mend them; no arguments are written {}",
+    "tool calls outside of an assistant turn": "move them to the assistant turn",
     "tool result without its call": "put it after the assistant turn with the call, under the call's id",
     "tool call without its result": "add the tool turn, or remove the call",
     "two tool calls with one id": "give each call its own id",
+    "tools are not a list": "write a list of tools",
     "text outside of a turn": "a turn is <|im_start|>role, a line break, text, <|im_end|>",
+    "segments without ChatML turns": "only ChatML text tells where its turns are: give these rows to Axolotl as they are",
+    "an answer is trained in part": "let one segment hold the answer with its <|im_end|>",
+    "a pair lacks an answer": "add it, or remove the other one",
+    "output beside chosen and rejected": "remove output, or both answers of the pair",
+    "an answer before chosen and rejected": "end the prompt with a question or a tool result, or name the format with --from trl",
+    "a question inside of an answer": "let chosen and rejected hold the answer only, or name the format with --from trl",
+    "chosen and rejected are the same": "remove the record: it shows no preference",
+    "kto_tag is not true or false": "write true or false",
 }
 
 
@@ -268,21 +317,42 @@ def unique(pairs):
     return row
 
 
-def parse(raw):
-    """Return the value of JSON (bytes or str); Reject for broken JSON, NaN, lone surrogates and duplicate keys.
-
-    orjson lets the last of two equal keys win. Written again, such a value has fewer `":` than before: a cheap test that
-    holds unless a colon is set off, or a quote or colon escaped; there the slow parser of the standard library decides.
-    """
+def loads(raw):
+    """Return the value of JSON bytes; Reject for broken JSON, NaN and lone surrogates, but not for a key that comes twice."""
     try:
-        raw = raw.encode() if isinstance(raw, str) else raw
-        value = orjson.loads(raw)
+        return orjson.loads(raw)
     except ValueError as error:
-        raise Reject("not JSON", str(error)) from None
-    doubt = SET_OFF.search(raw) or (b"\\u00" in raw and ESCAPED.search(raw))
-    if doubt or raw.count(b'":') != orjson.dumps(value).count(b'":'):
+        raise Reject("lone surrogate" if "surrogate" in str(error) else "not JSON", str(error)) from None
+
+
+def parse(raw):
+    """Return the value of JSON (bytes or str) as `loads` does; Reject also for a key that comes twice.
+
+    orjson lets the last of two equal keys win. Written again, such a value has fewer quotation marks than before: a cheap test
+    that holds unless a mark is written \\u0022; there the slow parser of the standard library decides.
+    """
+    raw = raw.encode("utf-8", "surrogatepass") if isinstance(raw, str) else raw
+    value = loads(raw)
+    if raw.count(b'"') != orjson.dumps(value).count(b'"') or ESCAPED_QUOTE.search(raw):
         json.loads(raw, object_pairs_hook=unique)
     return value
+
+
+def rename(row, names):
+    """Return a row with the keys, turn keys and role words of `--map` put in place of the file's own."""
+
+    def keyed(item):
+        if any(new in item and old in item for old, new in names.items()):
+            raise Reject("duplicate key", "a name of --map and the name that it stands for")
+        return {names.get(key, key): value for key, value in item.items()}
+
+    def turn(item):
+        item = keyed(item) if isinstance(item, dict) else item
+        words = {key: names[item[key]] for key in ("role", "from") if isinstance(item, dict) and item.get(key) in names}
+        return item | words if words else item
+
+    row = keyed(row) if isinstance(row, dict) else row
+    return {k: [*map(turn, v)] if isinstance(v, list) and k in NESTED else v for k, v in row.items()} if isinstance(row, dict) else row
 
 
 def leaves(value):
@@ -299,7 +369,7 @@ def read_calls(texts, where):
     calls = []
     for text in texts:
         try:
-            call, exact = parse(text), CALL.fullmatch(text)
+            call, exact = parse(text) if isinstance(text, str) else text, isinstance(text, str) and CALL.fullmatch(text)
         except Reject as error:
             raise Reject("tool call is not JSON", f"{where}: {error}") from None
         if exact and set(call) == {"name", "arguments"}:
@@ -341,22 +411,25 @@ def read_turn(turn, form, where, notes):
         raise Reject("unknown role", f"{where}: {word!r:.60}")
     if "from" in names and {"value", "content"} <= given.keys():
         raise Reject("duplicate key", f"{where}: value and content")
+    if form == "swift" and isinstance(fields.get("loss"), bool) and role == "assistant" and "weight" not in fields:
+        fields["weight"] = int(fields.pop("loss"))
     parts = isinstance(content, list) and content and all(isinstance(part, dict) for part in content)
-    if not (content is None or isinstance(content, str) or parts) or not isinstance(calls, list):
+    called = word in ("function_call", "tool_call")
+    if not (content is None or isinstance(content, str) or parts or called) or not isinstance(calls, list):
         raise Reject("content is not text, or tool calls are not a list", where)
     if "function_call" in fields:
         calls = [*calls, fields.pop("function_call")]
         notes.append((f"{where}.function_call", calls[-1], "deprecated, written as tool_calls"))
     if word == "function":
         notes.append((f"{where}.role", word, "deprecated, written as tool"))
-    if word in ("function_call", "tool_call"):
+    if called:
         calls, content = calls + read_calls([content or ""], where), None
     if role == "assistant" and isinstance(content, str) and "reasoning_content" not in fields and (thought := THINK.fullmatch(content)):
         fields["reasoning_content"], text = thought.groups()
         if with_thinking(fields["reasoning_content"], text) != content:
             notes.append((f"{where}.content", content, "white space at <think> is written the usual way"))
         content = text
-    if form not in OPENAI and isinstance(content, str) and "<tool_" in content:
+    if form not in ROLED and isinstance(content, str) and "<tool_" in content:
         head, tag, tail = content.partition("<tool_call>")
         if role == "assistant" and tag:
             if TOOL_CALL.sub("", tag + tail):
@@ -364,47 +437,161 @@ def read_turn(turn, form, where, notes):
             calls, content = calls + read_calls(TOOL_CALL.findall(tag + tail), where), head.removesuffix("\n") or None
         elif role != "assistant" and not TOOL_RESPONSE.sub("", content):
             return [{"role": "tool", "content": result} | fields for result in TOOL_RESPONSE.findall(content)]
+        elif role == "tool" and form == "sharegpt":
+            return [{"role": "tool", "content": result} | fields for result in content.split(BETWEEN_RESULTS)]
     if calls and role != "assistant":
         raise Reject("tool calls outside of an assistant turn", where)
     calls = [openai_call(call, f"{where}.tool_calls[{n}]") for n, call in enumerate(calls)]
     return [{"role": role, "content": content} | fields | ({"tool_calls": calls} if calls else {})]
 
 
-def alpaca_turns(row):
-    """Return the turns of an Alpaca row: history first; the input follows the instruction on a new line."""
-    texts, history = [row.get(key) or "" for key in ("instruction", "input", "output")], row.get("history") or []
-    if not all(isinstance(text, str) for text in texts) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+def answers(value):
+    """Return an answer of a pair, which is a text, a turn or a list of turns, as a list of turns."""
+    return [{"role": "assistant", "content": value}] if isinstance(value, str) else [value] if isinstance(value, dict) else value
+
+
+def pair(row, chosen="chosen", rejected="rejected"):
+    """Take the two answers of a preference row out of it; {} where it has none."""
+    found = {"chosen": answers(row.pop(chosen, None)), "rejected": answers(row.pop(rejected, None))}
+    found = {key: turns for key, turns in found.items() if turns not in (None, []) and turns != answers("")}
+    if len(found) == 1:
+        raise Reject("a pair lacks an answer", rejected if "chosen" in found else chosen)
+    return found
+
+
+def read_messages(row, _):
+    """Take the turns out of a row of the contract, or of OpenAI's chat."""
+    return {"messages": row.pop("messages", None)} | pair(row)
+
+
+def read_openai(row, notes):
+    """Take the turns out of an OpenAI row; one for DPO holds the prompt in `input`."""
+    if not isinstance(row.get("input"), dict):
+        return read_messages(row, notes)
+    asked = row.pop("input")
+    if asked.keys() & row.keys():
+        raise Reject("duplicate key", f"{min(asked.keys() & row.keys())}, in input and beside it")
+    known = ("messages", "tools", "parallel_tool_calls")
+    notes += [(f"input.{key}", value, "it stands beside the turns") for key, value in asked.items() if key not in known]
+    row.update(asked)
+    return {"messages": row.pop("messages", None)} | pair(row, "preferred_output", "non_preferred_output")
+
+
+def read_alpaca(row, _):
+    """Take the turns out of an Alpaca row: history first; the input follows the instruction on a new line."""
+    texts, history = [row.pop(key, None) or "" for key in ("instruction", "input", "output")], row.pop("history", None) or []
+    pairs = isinstance(history, list) and all(isinstance(item, list) and len(item) == 2 for item in history)
+    if not pairs or not all(isinstance(text, str) for text in texts):
         raise Reject("content is not text", "instruction, input, output, or history: [[question, answer], …]")
     question = {"role": "user", "content": "\n".join(text for text in texts[:2] if text)} | ({INPUT: texts[1]} if texts[1] else {})
-    turns = [{"role": role, "content": text} for pair in history for role, text in zip(("user", "assistant"), pair, strict=True)]
-    return [*turns, question, {"role": "assistant", "content": texts[2]}]
+    turns = [{"role": role, "content": text} for item in history for role, text in zip(("user", "assistant"), item, strict=True)]
+    two = pair(row)
+    if two and texts[2]:
+        raise Reject("output beside chosen and rejected")
+    return {"messages": [*turns, question, *([] if two else answers(texts[2]))]} | two
 
 
-def sharegpt_turns(row):
-    """Return the turns of a ShareGPT row; each item of ms-swift's dialect is split into its turns."""
+def read_sharegpt(row, _):
+    """Take the turns out of a ShareGPT row; each item of ms-swift's dialect is split into its turns."""
     if "conversations" in row and "conversation" in row:
         raise Reject("duplicate key", "conversations and conversation")
-    turns = row.get("conversations", row.get("conversation"))
+    turns = row.pop("conversations", row.pop("conversation", None))
     if not isinstance(turns, list) or not all(isinstance(turn, dict) and {"human", "assistant"} <= turn.keys() for turn in turns):
-        return turns
+        return {"messages": turns} | pair(row)
     flat = []
     for turn in turns:
         rest = {key: value for key, value in turn.items() if key not in ("system", "human", "assistant")}
         flat += [{"role": "system", "content": turn["system"]}] if turn.get("system") else []
         flat += [{"role": "user", "content": turn.get("human")}, {"role": "assistant", "content": turn.get("assistant")} | rest]
-    return flat
+    return {"messages": flat} | pair(row)
 
 
-def chatml_turns(row):
-    """Return the turns of ChatML text; nothing but white space may stand between them."""
-    text, turns, at = row.get("text"), [], 0
-    text = text.strip().removesuffix("<|endoftext|>") if isinstance(text, str) else ""
-    while turn := TURN.match(text, at):
+def read_chatml(row, notes):
+    """Take the turns out of ChatML text; nothing but white space may stand between them."""
+    whole, turns, at = row.pop("text", None), [], 0
+    text = whole.removesuffix("\n").removesuffix("<|endoftext|>") if isinstance(whole, str) else ""
+    start = len(text) - len(text.lstrip())
+    while turn := TURN.match(text, at or start):
         turns.append({"role": turn[1].strip(), "content": turn[2]})
         at = turn.end()
-    if text[at:]:
+    if text[at:].strip():
         raise Reject("text outside of a turn", text[at : at + 40])
-    return turns
+    if turns and "".join(f"{START}{turn['role']}\n{turn['content']}{END}\n" for turn in turns) != whole:
+        notes.append(("text", whole, "white space around its turns is written the usual way"))
+    return {"messages": turns}
+
+
+def read_swift(row, _):
+    """Take the turns out of an ms-swift row; the chosen answer is what follows the last question."""
+    turns, worse = row.pop("messages", None), answers(row.pop("rejected_response", None))
+    if worse in (None, []) or worse == answers("") or not isinstance(turns, list):
+        return {"messages": turns}
+    border = max((n + 1 for n, turn in enumerate(turns) if isinstance(turn, dict) and turn.get("role") == "user"), default=0)
+    return {"messages": turns[:border], "chosen": turns[border:], "rejected": worse}
+
+
+def read_segments(row, notes):
+    """Take the turns out of Axolotl's `input_output`: ChatML text in pieces; an answer that is not trained gets weight 0."""
+    segments = row.pop("segments", None)
+    good = isinstance(segments, list) and all(isinstance(item, dict) and item.keys() == {"label", "text"} for item in segments)
+    if not good or not all(isinstance(item["label"], bool) and isinstance(item["text"], str) for item in segments):
+        raise Reject("no turns", 'segments are [{"label": true or false, "text": …}]')
+    text = "".join(item["text"] for item in segments)
+    trained, more = [item["label"] for item in segments for _ in item["text"]], []
+    if not text.lstrip().startswith(START):
+        raise Reject("segments without ChatML turns")
+    turns, at = read_chatml({"text": text}, more)["messages"], 0
+    for turn in turns:
+        at = text.index("\n", text.index(START, at)) + 1
+        labels = {*trained[at : at + len(turn["content"]) + len(END)]}
+        at += len(turn["content"]) + len(END)
+        if len(labels) > 1:
+            raise Reject("an answer is trained in part")
+        if labels != {turn["role"] == "assistant"}:
+            turn["weight"] = int(True in labels)
+    joined = [[label, "".join(item["text"] for item in items)] for label, items in itertools.groupby(segments, lambda item: item["label"])]
+    if joined != [[item["label"], item["text"]] for item in segments_of([(t["role"], t["content"], t.get("weight")) for t in turns])]:
+        notes.append(("segments", segments, "the borders of its pieces, and white space, are written the usual way"))
+    return {"messages": turns}
+
+
+def read_trl(row, notes):
+    """Take the turns out of a TRL row: messages; prompt and completion; or prompt, chosen and rejected, each a text or turns."""
+    prompt, done, two = row.pop("prompt", None), answers(row.pop("completion", None)), pair(row)
+    if not two and not done:
+        row |= {"prompt": prompt} if prompt else {}
+        return {"messages": row.pop("messages", None)}
+    if not all(isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns) for turns in (done or [], *two.values())):
+        raise Reject("turn is not an object")
+    if two and two["chosen"][0].get("role") != "assistant":  # whole conversations: what both begin with is the prompt
+        same = [a for a, b in itertools.takewhile(lambda both: both[0] == both[1], zip(two["chosen"], two["rejected"], strict=False))]
+        if prompt and prompt not in (same, [same and same[0].get("content")][0]):
+            notes.append(("prompt", prompt, "chosen and rejected begin with another one"))
+        return {"messages": same} | {key: turns[len(same) :] for key, turns in two.items()}
+    if isinstance(prompt, str):
+        notes.append(("prompt", prompt, "a text, written as a user turn"))
+        prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list) or not all(isinstance(turn, dict) for turn in prompt):
+        raise Reject("no turns", "prompt")
+    if two:
+        return {"messages": prompt} | two
+    if isinstance(row.get("label"), bool):
+        if len(done) > 1:
+            notes.append(("completion", done, "the answer that is judged is its last turn"))
+    else:  # TRL trains on the completion only
+        prompt = [{"weight": 0} | turn if turn.get("role") == "assistant" else turn for turn in prompt]
+    return {"messages": [*prompt, *done]}
+
+
+def unpack(row, form):
+    """Return a table's row with its JSON texts as values: turns, tools, and labels, which a table may hold as texts."""
+    for key in ("chosen", "rejected", "prompt", "completion", "rejected_response", "input"):
+        text = row.get(key)
+        if key in OWN[form] and isinstance(text, str) and text.startswith(('{"', '[{"')):
+            with contextlib.suppress(Reject):
+                row |= {key: parse(text)}
+    words = {"true": True, "false": False}
+    return row | {key: words[str(row[key]).lower()] for key in ("label", "kto_tag") if str(row.get(key)).lower() in words}
 
 
 def read(row, form):
@@ -412,25 +599,51 @@ def read(row, form):
     if not isinstance(row, dict) or None in row:
         raise Reject("record is not an object" if None not in row else "more cells than columns")
     nested = NESTED & (OWN[form] | {"tools"})
-    row = row | {key: parse(row[key]) for key in nested if isinstance(row.get(key), str) and row[key][:1] in ("[", "{")}
-    readers = {"alpaca": alpaca_turns, "sharegpt": sharegpt_turns, "chatml": chatml_turns}
-    turns, system, tools = readers[form](row) if form in readers else row.get("messages"), row.get("system"), row.get("tools") or []
-    functions = (row.get("functions") or []) if form in OPENAI else []
-    if not isinstance(turns, list) or not turns:
-        raise Reject("no turns")
+    row, notes = row | {key: parse(row[key]) for key in nested if isinstance(row.get(key), str) and row[key][:1] in ("[", "{")}, []
+    lists = READERS[form](row, notes)
+    system, tools = row.pop("system", None) if "system" in OWN[form] else None, row.pop("tools", None) or []
+    functions = (row.pop("functions", None) or []) if form in OPENAI else []
     if not isinstance(tools, list) or not isinstance(functions, list):
         raise Reject("tools are not a list")
-    notes = [("functions", functions, "deprecated, written as tools")] if functions else []
-    messages = [message for n, turn in enumerate(turns) for message in read_turn(turn, form, f"messages[{n}]", notes)]
+    notes += [("functions", functions, "deprecated, written as tools")] if functions else []
+    for name, turns in lists.items():
+        if not isinstance(turns, list) or not turns:
+            raise Reject("no turns", name if len(lists) > 1 else "")
+        lists[name] = read_turns(turns, form, name, notes)
     if system:
-        if not isinstance(system, str) or messages[0]["role"] == "system":
+        if not isinstance(system, str) or lists["messages"][0]["role"] == "system":
             raise Reject("two system prompts" if isinstance(system, str) else "content is not text", "system")
-        messages.insert(0, {"role": "system", "content": system})
-    number_calls(messages)
-    tools = [*tools, *({"type": "function", "function": function} for function in functions)]
-    rest = {key: value for key, value in row.items() if key not in OWN[form] and key != "tools"}
+        lists["messages"].insert(0, {"role": "system", "content": system})
+    for messages in threads(lists):
+        number_calls(messages)
+    tag = row.pop("kto_tag", None) if "kto_tag" in OWN[form] else None
+    if tag is not None and (not isinstance(tag, bool) or isinstance(row.get("label"), bool)):
+        raise Reject("kto_tag is not true or false" if not isinstance(tag, bool) else "duplicate key", "kto_tag")
+    if "kto_tag" in OWN[form] and isinstance(row.get("label"), bool):
+        notes.append(("label", row["label"], f"{form} writes it as kto_tag"))
+    notes += [(key, row[key], "the name has another meaning in messages") for key in row if key in CONTRACT]
+    rest = {key: value for key, value in row.items() if key not in CONTRACT}
     rest = {key: value for key, value in rest.items() if key not in ("id", "source") or value not in (None, "")}
-    return {"messages": messages} | ({"tools": tools} if tools else {}) | rest, notes
+    tools = [*tools, *({"type": "function", "function": function} for function in functions)]
+    return lists | ({"tools": tools} if tools else {}) | rest | ({} if tag is None else {"label": tag}), notes
+
+
+def read_turns(turns, form, name, notes):
+    """Return the messages of a list of turns; ms-swift's tool_call turns join the answer before them, as parallel calls do."""
+    messages = []
+    for n, turn in enumerate(turns):
+        made = read_turn(turn, form, f"{name}[{n}]", notes)
+        before = messages[-1] if messages and messages[-1]["role"] == "assistant" and turn.get("role") == "tool_call" else {}
+        if before and made[0].keys() <= BARE and made[0].get("weight", before.get("weight")) == before.get("weight"):
+            before["tool_calls"] = before.get("tool_calls", []) + made[0]["tool_calls"]
+        else:
+            messages += made
+    return messages
+
+
+def threads(conversation):
+    """Return the lists of messages that a model would see: one, or those with the chosen and with the rejected answer."""
+    return [conversation["messages"] + conversation[key] for key in ANSWERS if key in conversation] or [conversation["messages"]]
 
 
 def number_calls(messages):
@@ -444,12 +657,31 @@ def number_calls(messages):
         waiting = [call for call in waiting if call != message.get("tool_call_id")] + [call["id"] for call in message.get("tool_calls", ())]
 
 
-def check(messages):
+def blank(content):
+    """Return whether a content says nothing: no text, or parts of text that are all white space."""
+    texts = [part.get("text") if part.get("type") == "text" else "…" for part in content] if isinstance(content, list) else [content]
+    return not any(text if not isinstance(text, str) else text.strip() for text in texts)
+
+
+def check(conversation):
     """Raise Reject where a conversation would teach something that nobody meant."""
+    for key, messages in zip(ANSWERS, threads(conversation), strict=False):
+        check_thread(messages, len(conversation["messages"]), key)
+    if "chosen" in conversation:
+        if conversation["messages"][-1]["role"] == "assistant":
+            raise Reject("an answer before chosen and rejected")
+        if any(message["role"] == "user" for key in ANSWERS for message in conversation[key]):
+            raise Reject("a question inside of an answer")
+        if conversation["chosen"] == conversation["rejected"]:
+            raise Reject("chosen and rejected are the same")
+
+
+def check_thread(messages, prompt, answer):
+    """Raise Reject for a fault in the order of the turns, or an empty one; the first `prompt` are no part of the answer."""
     before, waiting = None, []
     for n, message in enumerate([*messages, {"role": None, "content": ""}]):
         role, content, calls = message["role"], message["content"], message.get("tool_calls", [])
-        empty = not (content.strip() if isinstance(content, str) else content)
+        empty = blank(content)
         ids = [call["id"] for call in calls]
         faults = {
             "tool result without its call": role == "tool" and message.get("tool_call_id") not in waiting,
@@ -462,7 +694,7 @@ def check(messages):
             "no content": content is None and role in ("system", "developer", "tool"),
         }
         for fault in (name for name, found in faults.items() if found):
-            raise Reject(fault, f"messages[{n}]")
+            raise Reject(fault, f"messages[{n}]" if n < prompt else f"{answer}[{n - prompt}]" if n < len(messages) else "at the end")
         waiting = [call for call in waiting if call != message.get("tool_call_id")] + ids
         before = role
     if not any(message["role"] == "assistant" for message in messages):
@@ -476,41 +708,52 @@ def check_values(conversation):
             raise Reject("number beyond 64 bits", str(leaf))
         if not isinstance(leaf, (str, int, float, type(None))):
             raise Reject("value without a JSON form", type(leaf).__name__)
-    calls = [call["function"]["arguments"] for message in conversation["messages"] for call in message.get("tool_calls", ())]
-    for leaf in leaves([conversation["messages"], conversation.get("tools"), *map(orjson.loads, calls)]):
+    said = [conversation[key] for key in ("messages", *ANSWERS, "tools") if key in conversation]
+    calls = [
+        call["function"]["arguments"] for thread in threads(conversation) for message in thread for call in message.get("tool_calls", ())
+    ]
+    for leaf in leaves([said, *map(orjson.loads, calls)]):
         if isinstance(leaf, str) and (mark := SPECIAL.search(leaf)):
             raise Reject("special token in the text", mark[0])
 
 
-def plain(row, form):
-    """Return the conversation of a row that holds only questions and answers without markup, else None.
+def plain(row, form, target):
+    """Return (conversation, Alpaca's input, quotation marks around its parts) of a row with only questions and answers, else None.
 
     Every format holds such a row whole, so it needs neither check nor reading back: the cheap road, which most rows take.
     """
     try:
-        if form in OPENAI:
-            messages, own = row["messages"], {"messages"}
+        own, extra, system = OWN[form], "", None
+        if form in ROLED:
+            messages, marks = row["messages"], 2
         elif form == "sharegpt":
-            messages, own = [{"role": TURNS[turn["from"]], "content": turn["value"]} for turn in row["conversations"]], {"conversations"}
+            messages, marks = [{"role": TURNS[turn["from"]], "content": turn["value"]} for turn in row["conversations"]], 2
             if sum(map(len, row["conversations"])) > 2 * len(messages):
                 return None
-        elif form == "alpaca" and not (row.get("input") or row.get("system") or row.get("history")):
-            messages = [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]
-            own = OWN["alpaca"]
+        elif form == "alpaca":
+            extra, system, asked = row.get("input"), row.get("system"), row["instruction"]
+            turns = [*itertools.chain.from_iterable(row.get("history") or ()), f"{asked}\n{extra}" if extra and asked else asked or extra]
+            messages = [{"role": "system", "content": system}] if system else []
+            messages += [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate([*turns, row["output"]])]
+            marks = 2 * (len(row.keys() & own) + (extra is not None and bool(asked)) + (system == "")) - 6 * len(messages)
+            if not isinstance(extra, (str, type(None))) or not isinstance(asked, str) or (extra and target == form):
+                return None
         else:
             return None
-        named = {key: row[key] for key in ("id", "source") if key in row}
-        if row.keys() - own - {"id", "source"} or any(type(name) is not str or not name for name in named.values()):
-            return None
+        rest, named = {}, {"messages", "input", "instruction", "output", "history", "conversations"} & own
+        for key in row.keys() - named:
+            if key in CONTRACT or key == "label" or (key in own and key != "system") or key in OWN[target] or type(row[key]) not in SCALARS:
+                return None
+            rest[key] = row[key]
         turn = 0
         for message in messages:
             role, content = message["role"], message["content"]
             if role != ("user", "assistant")[turn % 2] and not (role == "system" and message is messages[0]):
                 return None
-            if len(message) > 2 or type(content) is not str or "<" in content or not content.strip():
+            if len(message) > 2 or type(content) is not str or not content or content.isspace():
                 return None
             turn += role != "system"
-        return {"messages": messages} | named if turn and turn % 2 == 0 else None
+        return ({"messages": messages} | rest, extra, marks) if turn and turn % 2 == 0 else None
     except (KeyError, TypeError, AttributeError):
         return None
 
@@ -531,108 +774,270 @@ def flat_text(message):
     content = message["content"] or ""
     if isinstance(content, list):
         if not all(part.get("type") == "text" and isinstance(part.get("text"), str) for part in content):
-            raise Reject("content parts that are not text", "", "only messages and openai hold images and sound")
+            raise Reject("content parts that are not text", "", "only messages, openai and trl hold images and sound")
         content = "\n".join(part["text"] for part in content)
     text = with_thinking(message.get("reasoning_content"), content)
     calls = [f"<tool_call>\n{call}\n</tool_call>" for call in call_texts(message)]
     return "\n".join([text, *calls] if text else calls)
 
 
-def write_openai(messages, target):
-    """Return the OpenAI turns; only our own `messages` keeps the reasoning apart."""
-    turns = [{key: value for key, value in message.items() if key != INPUT} for message in messages]
-    for turn in turns if target == "openai" else ():
+def contract_turns(messages):
+    """Return the messages without this program's own mark."""
+    return [{key: value for key, value in message.items() if key != INPUT} for message in messages]
+
+
+def openai_turns(messages):
+    """Return the messages with the reasoning in the content."""
+    turns = contract_turns(messages)
+    for turn in turns:
         if "reasoning_content" in turn:
             turn["content"] = with_thinking(turn.pop("reasoning_content"), turn["content"] or "")
-    return {"messages": turns}
+    return turns
 
 
-def write_alpaca(messages, _):
+def trl_turns(messages):
+    """Return the messages with tool arguments as objects: chat templates write them as JSON, and would write a text twice."""
+    turns = contract_turns(messages)
+    for turn in turns:
+        calls = [(call, call["function"], call["function"]["arguments"]) for call in turn.get("tool_calls", ())]
+        calls = [call | {"function": function | {"arguments": orjson.loads(arguments)}} for call, function, arguments in calls]
+        turn |= {"tool_calls": calls} if calls else {}
+    return turns
+
+
+def swift_turns(messages):
+    """Return ms-swift's turns: each tool call a turn of its own, and nothing but role, content and loss."""
+    turns = []
+    for message in messages:
+        role, calls, weight = message["role"], call_texts(message), message.get("weight")
+        rest = {key: message[key] for key in ("loss_scale", *(("name",) if role == "tool" else ())) if key in message}
+        rest |= {"loss": bool(weight)} if role == "assistant" and type(weight) is int and weight in (0, 1) else {}
+        text = flat_text({key: value for key, value in message.items() if key != "tool_calls"})
+        name = {"tool": "tool_response", "developer": "system"}.get(role, role)
+        turns += [{"role": name, "content": text} | rest] if text or not calls else []
+        turns += [{"role": "tool_call", "content": call} | rest for call in calls]
+    return turns
+
+
+def sharegpt_turns(messages):
+    """Return the ShareGPT turns as LLaMA-Factory has them: bare calls are one function_call turn, their results one observation."""
+    turns, joins = [], False
+    for message in messages:
+        calls = [] if message["content"] or "reasoning_content" in message else call_texts(message)
+        value = flat_text(message) if not calls else calls[0] if len(calls) == 1 else f"[{', '.join(calls)}]"
+        rest = {key: value for key, value in message.items() if key not in NOT_IN_SHAREGPT}
+        bare = message["role"] == "tool" and not rest
+        if bare and joins:
+            turns[-1]["value"] += BETWEEN_RESULTS + value
+        else:
+            turns.append({"from": "function_call" if calls else SHAREGPT[message["role"]], "value": value} | rest)
+        joins = bare
+    return turns
+
+
+def segments_of(turns):
+    """Return Axolotl's pieces of ChatML text for each (role, text, weight): an answer is trained, with its end, unless its weight is 0."""
+    pieces = []
+    for role, text, weight in turns:
+        trained = role == "assistant" if weight is None else bool(weight)
+        pieces += [(False, f"{START}{role}\n"), (trained, f"{text}{END}"), (False, "\n")]
+    groups = itertools.groupby(pieces, lambda piece: piece[0])
+    return [{"label": label, "text": "".join(text for _, text in group)} for label, group in groups]
+
+
+def one_text(turns):
+    """Return the one answer of a format that holds a single turn."""
+    if len(turns) != 1:
+        raise Reject("an answer of several turns", "", "choose --to messages, openai, swift or trl")
+    return flat_text(turns[0])
+
+
+def write_alpaca(talk):
     """Return the Alpaca fields: an optional system prompt, then questions and answers in turn."""
-    system = {"system": messages[0]["content"]} if messages[0]["role"] == "system" else {}
-    turns = messages[1:] if system else messages
+    turns, two = talk["messages"], {key: one_text(talk[key]) for key in ANSWERS if key in talk}
+    system = {"system": flat_text(turns[0])} if turns[0]["role"] in ("system", "developer") else {}
+    turns = turns[len(system) :] + ([] if not two else talk["chosen"])
     if len(turns) % 2 or [turn["role"] for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
         raise Reject("only questions and answers in turn")
     *texts, question, answer = [flat_text(turn) for turn in turns]
     more = turns[-2].get(INPUT, "")
     history = {"history": [list(pair) for pair in zip(texts[::2], texts[1::2], strict=True)]} if texts else {}
-    return {"instruction": question[: -len(more) - 1] if more else question, "input": more, "output": answer} | system | history
+    row = {"instruction": question[: -len(more) - 1] if more else question, "input": more} | (two or {"output": answer}) | system | history
+    return row | ({"kto_tag": talk["label"]} if isinstance(talk.get("label"), bool) else {})
 
 
-def write_sharegpt(messages, _):
-    """Return the ShareGPT turns; calls with nothing beside them are a function_call turn, as LLaMA-Factory has it."""
-    turns = []
-    for message in messages:
-        calls = [] if message["content"] or "reasoning_content" in message else call_texts(message)
-        value = flat_text(message) if not calls else calls[0] if len(calls) == 1 else f"[{', '.join(calls)}]"
-        rest = {key: value for key, value in message.items() if key not in NOT_IN_SHAREGPT}
-        turns.append({"from": "function_call" if calls else SHAREGPT[message["role"]], "value": value} | rest)
-    return {"conversations": turns}
+def write_sharegpt(talk):
+    """Return the ShareGPT fields; an answer of a pair is one turn."""
+    two = {key: sharegpt_turns(talk[key])[0] for key in ANSWERS if key in talk and [one_text(talk[key])]}
+    row = {"conversations": sharegpt_turns(talk["messages"])} | two
+    return row | ({"kto_tag": talk["label"]} if isinstance(talk.get("label"), bool) else {})
 
 
-def write_chatml(messages, _):
-    """Return the ChatML text."""
-    return {"text": "".join(f"<|im_start|>{message['role']}\n{flat_text(message)}<|im_end|>\n" for message in messages)}
+def write_openai(talk):
+    """Return OpenAI's chat row, or its row for DPO."""
+    if "chosen" not in talk:
+        return {"messages": openai_turns(talk["messages"])}
+    given = {key: talk[key] for key in ("tools", "parallel_tool_calls") if key in talk}
+    two = {"preferred_output": openai_turns(talk["chosen"]), "non_preferred_output": openai_turns(talk["rejected"])}
+    return {"input": {"messages": openai_turns(talk["messages"])} | given} | two
 
 
-def write(conversation, target):
+def write_swift(talk):
+    """Return ms-swift's row: the chosen answer in the messages, the other as rejected_response."""
+    whole = talk["messages"] + talk.get("chosen", [])
+    return {"messages": swift_turns(whole)} | ({"rejected_response": swift_turns(talk["rejected"])} if "rejected" in talk else {})
+
+
+def write_trl(talk):
+    """Return TRL's row: messages, or a prompt with chosen and rejected, or with a completion that is labelled."""
+    turns = trl_turns(talk["messages"])
+    if "chosen" in talk:
+        return {"prompt": turns} | {key: trl_turns(talk[key]) for key in ANSWERS}
+    labelled = isinstance(talk.get("label"), bool) and len(turns) > 1
+    return {"prompt": turns[:-1], "completion": turns[-1:]} if labelled else {"messages": turns}
+
+
+def write_text(talk, segments=False):
+    """Return ChatML text, or Axolotl's pieces of it."""
+    if "chosen" in talk:
+        raise Reject("a pair of answers", "", "--pairs chosen keeps the better answer, --pairs label makes two labelled rows")
+    turns = [(message["role"], flat_text(message), message.get("weight")) for message in talk["messages"]]
+    return {"segments": segments_of(turns)} if segments else {"text": "".join(f"{START}{role}\n{text}{END}\n" for role, text, _ in turns)}
+
+
+READERS = {"messages": read_messages, "openai": read_openai, "alpaca": read_alpaca, "sharegpt": read_sharegpt}
+READERS |= {"chatml": read_chatml, "swift": read_swift, "input_output": read_segments, "trl": read_trl}
+WRITERS = {"messages": lambda talk: {key: contract_turns(talk[key]) for key in ("messages", *ANSWERS) if key in talk}}
+WRITERS |= {"openai": write_openai, "alpaca": write_alpaca, "sharegpt": write_sharegpt, "chatml": write_text}
+WRITERS |= {"swift": write_swift, "input_output": lambda talk: write_text(talk, segments=True), "trl": write_trl}
+
+
+def write(talk, target):
     """Return a conversation as a row of `target`; what the format has no place for is left out."""
-    writer = {"alpaca": write_alpaca, "sharegpt": write_sharegpt, "chatml": write_chatml}.get(target, write_openai)
-    rest = {key: value for key, value in conversation.items() if key not in OWN[target] and key != "messages"}
-    if "tools" in rest and target not in OPENAI:
+    row = WRITERS[target](talk)
+    taken = (
+        OWN[target] | {"messages", *ANSWERS} | row.get("input", {}).keys() if target == "openai" else OWN[target] | {"messages", *ANSWERS}
+    )
+    taken |= {"label"} if "kto_tag" in row else set()
+    rest = {key: value for key, value in talk.items() if key not in taken}
+    if "tools" in rest and target not in ("messages", "openai", "trl"):
         rest["tools"] = json.dumps(rest["tools"], ensure_ascii=False)
-    return writer(conversation["messages"], target) | rest
+    return row | rest
 
 
-def skeleton(messages, target):
-    """Return what no conversion may change: roles, texts, reasoning, calls, and which call each tool result answers."""
-    bones, ids = [], []
-    for message in messages:
-        role, content, calls = message["role"], message["content"] or None, message.get("tool_calls", [])
-        role = "system" if role == "developer" and target == "sharegpt" else role
-        content = flat_text({"content": content}) if isinstance(content, list) and target not in OPENAI else content
-        ids = [call["id"] for call in calls] + ids
-        answers = len(ids) - ids.index(message["tool_call_id"]) if role == "tool" else None
-        functions = [(call["function"]["name"], parse(call["function"]["arguments"])) for call in calls]
-        bones.append((role, content, message.get("reasoning_content"), functions, answers))
+def skeleton(talk, target):
+    """Return what no conversion may change: roles, texts, reasoning, calls, which call each tool result answers, where answers begin."""
+    bones = [[len(talk[key]) for key in ("messages", *ANSWERS) if key in talk]]
+    for messages in threads(talk):
+        ids = []
+        for message in messages:
+            role, content, calls = message["role"], message["content"] or None, message.get("tool_calls", [])
+            role = "system" if role == "developer" and target in ("alpaca", "sharegpt", "swift") else role
+            content = flat_text({"content": content}) or None if isinstance(content, list) and target not in PARTS else content
+            ids = [call["id"] for call in calls] + ids
+            answers = len(ids) - ids.index(message["tool_call_id"]) if role == "tool" else None
+            functions = [(call["function"]["name"], parse(call["function"]["arguments"])) for call in calls]
+            bones.append((role, content, message.get("reasoning_content"), functions, answers))
     return bones
 
 
-def losses(conversation, row, target):
-    """Return (field, value, reason) for each thing in `conversation` that `row`, read back, does not hold.
+def differences(was, now, where=""):
+    """Yield (field, value) for each value of `was` that `now` does not hold; Reject where `now` has one that nobody wrote."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        if now.keys() - was.keys():
+            raise Reject("it would be read with one more field", f"{where}{min(now.keys() - was.keys())}")
+        for key in was:
+            yield from (
+                differences(was[key], now.get(key), f"{where}.{key}" if where else key)
+                if key in now
+                else [(f"{where}.{key}".lstrip("."), was[key])]
+            )
+    elif isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
+        for n, both in enumerate(zip(was, now, strict=True)):
+            yield from differences(*both, f"{where}[{n}]")
+    elif (was != now or type(was) is not type(now)) and not (where.endswith("content") and not was and not now):
+        yield where, was
+
+
+def losses(talk, row, target):
+    """Return (field, value, reason) for each thing in a conversation that `row`, read back, does not hold.
 
     Raises Reject when the row would be read as another conversation: turns, texts and calls are never changed.
     """
     back, notes = read(row, target)
-    check(back["messages"])
-    if notes or skeleton(back["messages"], target) != skeleton(conversation["messages"], target):
+    check(back)
+    if notes or skeleton(back, target) != skeleton(talk, target):
         raise Reject("it would be read as something else")
-    pairs = [("", conversation | {"messages": 0}, back | {"messages": 0})]
-    pairs += [(f"messages[{n}].", *pair) for n, pair in enumerate(zip(conversation["messages"], back["messages"], strict=True))]
-    found = [(where, key, value) for where, was, now in pairs for key, value in was.items() if value != now.get(key)]
-    found = [(where + key, value) for where, key, value in found if (key, value) not in (("content", ""), ("content", None))]
-    return [(field.replace(INPUT, "input"), value, f"{target} has no place for it") for field, value in found]
+    return [(field.replace(INPUT, "input"), value, f"{target} has no place for it") for field, value in differences(talk, back)]
 
 
-def convert(raw, form, target, source):
-    """Return (JSON line of `target`, conversation, losses) for one record, JSON bytes or a row of a table; raises Reject."""
+def recast(talk, pairs):
+    """Return [(conversation, losses)]: a pair as it is, as the chosen conversation, or as two conversations with a label each."""
+    if "chosen" not in talk or pairs == "keep":
+        return [(talk, [])]
+    rest = {key: value for key, value in talk.items() if key not in ANSWERS}
+    two = [rest | {"messages": thread} for thread in threads(talk)]
+    if pairs == "chosen":
+        return [(two[0], [("rejected", talk["rejected"], "--pairs chosen keeps one answer")])]
+    return [(one | {"id": f"{talk['id']}-{key}", "label": key == "chosen"}, []) for key, one in zip(ANSWERS, two, strict=True)]
+
+
+def quick(raw, row, form, target, source):
+    """Return (JSON line, conversation, losses) of a plain row by the cheap road, or None where the careful one must decide."""
+    found = plain(row, form, target)
+    if not found:
+        return None
+    talk, extra, known = found
+    body = orjson.dumps(talk["messages"])
+    if MARK.search(body):
+        return None
+    if isinstance(raw, bytes):
+        rest = {key: value for key, value in row.items() if key not in ("messages", "conversations")}
+        marks = body.count(b'"') + 2 + orjson.dumps(rest).count(b'"') if known else orjson.dumps(row).count(b'"')
+        if marks != raw.count(b'"') or ESCAPED_QUOTE.search(raw):
+            return None
+    talk = identified(talk, source, body)
+    if target in OPENAI or target == "trl":
+        line = b'{"messages":' + body + b"," + orjson.dumps({key: value for key, value in talk.items() if key != "messages"})[1:] + b"\n"
+    else:
+        line = orjson.dumps(write(talk, target), option=orjson.OPT_APPEND_NEWLINE)
+    asked = len(talk["messages"]) - 2
+    return line, talk, [(f"messages[{asked}].input", extra, f"{target} has no place for it")] if extra else []
+
+
+def identified(talk, source, body=None):
+    """Return a conversation with an id and a source: its own, or a hash of source and turns, and the file's name."""
+    head = {key: talk[key] for key in ("messages", *ANSWERS, "tools") if key in talk}
+    source = talk.get("source", source)
+    if "id" not in talk:
+        digest = xxhash.xxh3_64(orjson.dumps(source))
+        for key in ("messages", *ANSWERS):
+            digest.update((body or orjson.dumps(contract_turns(talk[key]))) if key in talk else b"")
+        head["id"] = digest.hexdigest()
+    return head | {"source": source} | talk
+
+
+def convert(raw, form, target, source, names=None, pairs="keep"):
+    """Return [(JSON line of `target`, conversation, losses)] for one record, JSON bytes or a row of a table; raises Reject.
+
+    It is one, but for a pair of answers that becomes two labelled rows. `names`: of --map, the file's names to the format's.
+    """
     try:
-        row = parse(raw) if isinstance(raw, bytes) else raw
-        conversation, lost = plain(row, form), None
-        if not conversation:
-            conversation, lost = read(row, form)
-            check(conversation["messages"])
-            check_values(conversation)
-        source = conversation.get("source", source)
-        digest = hashlib.blake2b(orjson.dumps([source, conversation["messages"]]), digest_size=8)
-        head = {key: conversation[key] for key in ("messages", "tools") if key in conversation}
-        conversation = head | {"id": digest.hexdigest(), "source": source} | conversation
-        try:
-            row = conversation if lost is None and target in OPENAI else write(conversation, target)
-            lost = [] if lost is None else lost + losses(conversation, row, target)
-        except Reject as error:
-            raise Reject(f"{target} cannot hold it", str(error), "choose another --to, such as messages") from None
-        return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE), conversation, lost
+        row = loads(raw) if isinstance(raw, bytes) else unpack(raw, form)
+        if not names and (made := quick(raw, row, form, target, source)):
+            return [made]
+        row = parse(raw) if isinstance(raw, bytes) else row
+        talk, notes = read(rename(row, names) if names else row, form)
+        check(talk)
+        check_values(talk)
+        made = []
+        for one, lost in recast(identified(talk, source), pairs):
+            try:
+                row = write(one, target)
+                made.append((orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE), one, [*notes, *lost, *losses(one, row, target)]))
+            except Reject as error:
+                raise Reject(f"{target} cannot hold it", str(error), error.remedy or "choose another --to, such as messages") from None
+        return made
     except RecursionError:
         raise Reject("nested too deeply") from None
     except orjson.JSONEncodeError as error:
@@ -652,6 +1057,25 @@ class Hashed(io.FileIO):
         return count
 
 
+class Sink:
+    """A file of lines, written in large pieces and hashed on the way."""
+
+    def __init__(self, file):
+        self.file, self.sha, self.lines, self.bytes = file, hashlib.sha256(), [], 0
+
+    def write(self, line):
+        self.lines.append(line)
+        self.bytes += len(line)
+        if self.bytes > 1 << 18:
+            self.flush()
+
+    def flush(self):
+        piece, self.lines, self.bytes = b"".join(self.lines), [], 0
+        self.sha.update(piece)
+        self.file.write(piece)
+        self.file.flush()
+
+
 @contextlib.contextmanager
 def open_input(path, digests):
     """Yield the unpacked bytes of a file or of stdin; notes a file's SHA-256 in `digests` when it was read to its end."""
@@ -659,11 +1083,11 @@ def open_input(path, digests):
         yield sys.stdin.buffer
         return
     with Hashed(path) as raw:
-        file = packed = io.BufferedReader(raw, 1 << 20)
+        file = packed = io.BufferedReader(raw, 1 << 18)
         if path.suffix == ".gz":
-            file = io.BufferedReader(gzip.GzipFile(fileobj=packed), 1 << 20)
+            file = io.BufferedReader(gzip.GzipFile(fileobj=packed), 1 << 18)
         elif path.suffix == ".zst":
-            file = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True), 1 << 20)
+            file = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True), 1 << 18)
         yield file
         while packed.read(1 << 20):
             pass
@@ -761,26 +1185,48 @@ def records(path, digests):
         raise SystemExit(f"convert_sft_format.py: {path}: {error}; mend the file or leave it out") from None
 
 
-def sniff(path, head):
-    """Return the format that the first records agree on, and say so on stderr; exit 3 when they do not."""
+def shapes(row):
+    """Return (format, names) for each format whose fields a row has; `names` maps the file's names to those of the format."""
+    keys = row.keys() if isinstance(row, dict) else set()
+    two, found = {"chosen", "rejected"} <= keys, []
+    if "messages" in keys:
+        swift = "rejected_response" in keys or re.search(r"\W(tool_call|tool_response)\W", str(row["messages"]))
+        found = ["swift" if swift else "messages" if two else "openai"]
+    found += ["openai"] * ("preferred_output" in keys) + ["sharegpt"] * bool({"conversations", "conversation"} & keys)
+    found += ["alpaca"] * ("instruction" in keys and ("output" in keys or two)) + ["input_output"] * ("segments" in keys)
+    found += ["chatml"] * (START in str(row.get("text", "")) if keys else False)
+    found += ["trl"] * (("prompt" in keys and ("completion" in keys or two)) or (not found and two and not isinstance(row["chosen"], str)))
+    names = {} if found else {theirs: ours for ours, known in ALIASES.items() for theirs in known if theirs in keys}
+    if names and len(names) == len(set(names.values())) and "instruction" in names.values() and ("output" in names.values() or two):
+        return [("alpaca", names)]
+    return [(form, {}) for form in found]
+
+
+def sniff(path, head, names):
+    """Return (format, names) that the first records agree on, and say so on stderr; exit 3 when they do not."""
     votes, rows = Counter(), []
     for _, raw in head:
         with contextlib.suppress(Reject):
-            rows.append(parse(raw) if isinstance(raw, bytes) else raw)
-            keys = rows[-1].keys() if isinstance(rows[-1], dict) else set()
-            found = {form for signs, form in SIGNS if signs <= keys}
-            found |= {"chatml"} if "text" in keys and "<|im_start|>" in str(rows[-1]["text"]) else set()
-            votes.update(found if len(found) == 1 else ())
-    form, count = (votes.most_common(1) or [("", 0)])[0]
+            rows.append(rename(loads(raw) if isinstance(raw, bytes) else raw, names))
+            found = shapes(rows[-1])
+            votes.update([(found[0][0], tuple(found[0][1].items()))] if len(found) == 1 else ())
+    if {form for form, _ in votes} <= {"openai", "messages", "swift"}:  # one reads what the other does: the file is of the richest
+        votes = Counter({(max(form for form, _ in votes), ()): votes.total()}) if votes else votes
+    (form, mapped), count = (votes.most_common(1) or [(("", ()), 0)])[0]
     if not count or count < 0.75 * len(rows):
         seen = f"the first has {', '.join(map(repr, [*rows[0]][:9]))}" if rows and isinstance(rows[0], dict) else "none is a JSON object"
-        votes = ", ".join(f"{n} look like {name}" for name, n in votes.most_common()) or "none is known"
+        seen_as = ", ".join(f"{n} look like {name}" for (name, _), n in votes.most_common()) or "none is known"
         print(
-            f"convert_sft_format.py: {path}: of its first {len(head)} records {votes}, {seen}; name the format with --from", file=sys.stderr
+            f"convert_sft_format.py: {path}: of its first {len(head)} records {seen_as}, {seen}; name the format with --from, "
+            "and fields of other names with --map",
+            file=sys.stderr,
         )
         sys.exit(3)
-    print(f"sft-data: {path}: {form}, as {count} of its first {len(head)} records show", file=sys.stderr)
-    return form
+    names = names | dict(mapped)
+    shown = sorted({key for row in rows if isinstance(row, dict) for key in row if names.get(key, key) in OWN[form] | {"tools", "label"}})
+    shown = ", ".join(f"{names[key]}={key}" if key in names else key for key in shown)
+    print(f"sft-data: {path}: {form} ({shown}), as {count} of its first {len(head)} records show", file=sys.stderr)
+    return form, names
 
 
 def find_inputs(paths):
@@ -799,15 +1245,53 @@ def find_inputs(paths):
     return files
 
 
+def explain(raw, made, fault, title):
+    """Print a record before and after, side by side, and what was lost or why it was refused."""
+
+    def lines(value, width):
+        """Cut JSON, or text, into lines of at most `width` columns; a Chinese character takes two."""
+        for line in (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=2)).splitlines():
+            cut, used = "", 0
+            for letter in line:
+                size = 1 + (unicodedata.east_asian_width(letter) in "WF")
+                if used + size > width:
+                    yield cut + " " * (width - used)
+                    cut, used = "", 0
+                cut, used = cut + letter, used + size
+            yield cut + " " * (width - used)
+
+    width = max(20, (shutil.get_terminal_size((140, 50)).columns - 3) // 2)
+    try:
+        before = loads(raw) if isinstance(raw, bytes) else raw
+    except Reject:
+        before = raw.decode("utf-8", "backslashreplace")
+    after = (
+        f"rejected: {fault}\n{fault.remedy}"
+        if fault
+        else "\n".join(json.dumps(orjson.loads(one[0]), ensure_ascii=False, indent=2) for one in made)
+    )
+    columns = itertools.zip_longest(lines(before, width), lines(after, width), fillvalue=" " * width)
+    text = "\n".join([title, *(f"{left} │ {right}".rstrip() for left, right in columns)])
+    lost = [
+        f"lost: {field} = {json.dumps(value, ensure_ascii=False)} ({reason})" for _, _, entries in made for field, value, reason in entries
+    ]
+    sys.stdout.buffer.write("\n".join([text, *lost, "" if fault or lost else "nothing is lost\n"]).encode("utf-8", "backslashreplace"))
+
+
 def build_parser():
     parser = argparse.ArgumentParser(
         prog="convert_sft_format.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help='files, folders, or "-" for stdin')
-    parser.add_argument("--output", required=True, metavar="DIR", help='folder for data.jsonl and the ledgers, or "-" for stdout')
-    parser.add_argument("--from", default="auto", choices=["auto", *FORMATS], help="format of the input (default: seen from each file)")
-    parser.add_argument("--to", default="messages", choices=FORMATS, help="format of the output (default: %(default)s)")
+    parser.add_argument("--output", metavar="DIR", help='folder for data.jsonl and the ledgers, or "-" for stdout')
+    parser.add_argument("--from", default="auto", choices=["auto", *OWN], help="format of the input (default: seen from each file)")
+    parser.add_argument("--to", default="messages", choices=OWN, help="format of the output (default: %(default)s)")
+    parser.add_argument(
+        "--map", nargs="+", default=[], metavar="FIELD=NAME", help="the file's NAME for a field, turn key or role of the format"
+    )
+    parser.add_argument("--pairs", default="keep", choices=["keep", "chosen", "label"], help="what becomes of chosen and rejected")
     parser.add_argument("--strict", action=argparse.BooleanOptionalAction, default=False, help="fail on the first loss or reject")
+    parser.add_argument("--explain", type=int, metavar="N", help="show record N before and after, and what is lost; write nothing")
     parser.add_argument("--limit", type=int, metavar="N", help="stop after N records")
     parser.add_argument("--config", metavar="FILE.yaml", help="recipe: flags as YAML, overruled by the command line")
     parser.add_argument("--overwrite", action="store_true", help="put another run's OUTPUT aside")
@@ -817,18 +1301,25 @@ def build_parser():
 def main():
     parser = build_parser()
     args = parser.parse_args(config_argv(parser, sys.argv[1:]))
-    target, stdout, plan = args.to, args.output == "-", []
+    given, stdout, plan = dict(word.partition("=")[::2] for word in args.map), args.output == "-", []
+    for field, name in given.items():
+        if not name or field not in NAMES:
+            parser.error(f"--map {field}={name}: write FIELD=NAME, FIELD one of {', '.join(sorted(NAMES))}")
+    if not args.output and args.explain is None:
+        parser.error("the following arguments are required: --output (or --explain N)")
     for path in find_inputs(args.input):
-        rows = records(path, {})
+        rows, names = records(path, {}), {name: field for field, name in given.items()}
         head = list(itertools.islice(rows, HEAD))
         if not head:
             raise SystemExit(f"convert_sft_format.py: {path}: holds no records; remove it or name another file")
-        form = getattr(args, "from") if getattr(args, "from") != "auto" else sniff(path, head)
-        plan.append((path, form, itertools.chain(head, rows) if str(path) == "-" else None))
+        form, names = (getattr(args, "from"), names) if getattr(args, "from") != "auto" else sniff(path, head, names)
+        plan.append((path, form, names, itertools.chain(head, rows) if str(path) == "-" else None))
+    if args.explain is not None:
+        return explain_record(args, plan)
     if "-" in args.input:
         args.stdin = time.time()  # what came by stdin cannot be compared with another run's
-    run = None if stdout else Run("sft-data", args, args.input)
-    total, kept, formats, roles, reasons, fields = 0, 0, Counter(), Counter(), Counter(), Counter()
+    run = None if stdout else Run("sft-data", args, args.input, ignore=["explain"])
+    total, kept, formats, roles, reasons, fields, refused = 0, 0, Counter(), Counter(), Counter(), Counter(), 0
 
     def note(file, why, entry):
         file.write(json.dumps(entry, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace") + b"\n")
@@ -836,38 +1327,58 @@ def main():
             raise SystemExit(f"convert_sft_format.py: {entry['file']} line {entry['line']}: {why}; mend it or run without --strict")
 
     with contextlib.ExitStack() as stack:
-        names = ("data.jsonl", "rejected.jsonl", "losses.jsonl")
-        sinks = [stack.enter_context(write_atomic(run.output / name)) for name in names] if run else []
-        data, rejected, losses = sinks or (sys.stdout.buffer, sys.stderr.buffer, sys.stderr.buffer)
-        for path, form, rows in plan:
+        files = [stack.enter_context(write_atomic(run.output / name)) for name in FILES] if run else [sys.stdout.buffer, sys.stderr.buffer]
+        sinks = [Sink(file) for file in files]
+        data, rejected, lossy = sinks if run else (*sinks, sinks[1])
+        for path, form, names, rows in plan:
             rows = tqdm(rows or records(path, run.digests if run else {}), path.name, unit=" records", disable=not sys.stderr.isatty())
+            source = "stdin" if str(path) == "-" else path.name
             for line, raw in itertools.islice(rows, None if args.limit is None else max(0, args.limit - total)):
                 total += 1
                 try:
-                    row, conversation, lost = convert(raw, form, target, "stdin" if str(path) == "-" else path.name)
+                    made = convert(raw, form, args.to, source, names, args.pairs)
                 except Reject as error:
                     reasons[error.reason] += 1
+                    refused += 1
                     text = raw.decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else json.dumps(raw, default=str)
                     entry = {"file": str(path), "line": line, "reason": str(error), "remedy": error.remedy, "raw": text}
                     note(rejected, str(error), {key: value for key, value in entry.items() if value != ""})
                     continue
-                data.write(row)
-                kept += 1
-                formats[form] += 1
-                roles.update([message["role"] for message in conversation["messages"]])
-                for field, value, reason in lost:
-                    fields[re.sub(r"\[\d+\]", "", field)] += 1
-                    entry = {"file": str(path), "line": line, "id": conversation["id"], "field": field, "value": value, "reason": reason}
-                    note(losses, f"{field} is lost ({reason})", entry)
-        if stdout:
-            sys.stdout.buffer.flush()
+                for row, talk, lost in made:
+                    data.write(row)
+                    kept += 1
+                    formats[form] += 1
+                    roles.update([message["role"] for message in talk["messages"]])
+                    for field, value, reason in lost:
+                        fields[re.sub(r"\[\d+\]", "", field)] += 1
+                        entry = {"file": str(path), "line": line, "id": talk["id"], "field": field, "value": value, "reason": reason}
+                        note(lossy, f"{field} is lost ({reason})", entry)
+        for sink in sinks:
+            sink.flush()
     summary = f"kept {kept} of {total} conversations, {fields.total()} losses"
     if stdout:
         print(f"sft-data: {summary}", file=sys.stderr)
         return
-    counts = {"records": total, "kept": kept, "rejected": total - kept, "losses": fields.total()}
-    metrics = {"from": formats, "turns": roles, "rejected": reasons, "losses": fields}
-    run.finish(summary, counts, metrics, dict(zip(names, (kept, total - kept, fields.total()), strict=True)))
+    run.digests |= {str(run.output / name): sink.sha.hexdigest() for name, sink in zip(FILES, sinks, strict=True)}
+    counts = {"records": total, "kept": kept, "rejected": refused, "losses": fields.total()}
+    mapped = {str(path): {"format": form, "names": names} for path, form, names, _ in plan}
+    metrics = {"from": formats, "mapping": mapped, "turns": roles, "rejected": reasons, "losses": fields}
+    run.finish(summary, counts, metrics, dict(zip(FILES, (kept, refused, fields.total()), strict=True)))
+
+
+def explain_record(args, plan):
+    """Show record `--explain N`, counted over all inputs."""
+    every = ((path, form, names, *item) for path, form, names, rows in plan for item in rows or records(path, {}))
+    found = next(itertools.islice(every, max(0, args.explain - 1), None), None)
+    if not found:
+        raise SystemExit(f"convert_sft_format.py: --explain {args.explain}: the input has fewer records; name a smaller number")
+    path, form, names, line, raw = found
+    made, fault = [], None
+    try:
+        made = convert(raw, form, args.to, path.name, names, args.pairs)
+    except Reject as error:
+        fault = error
+    explain(raw, made, fault, f"{path} line {line}: {form} -> {args.to}")
 
 
 if __name__ == "__main__":
