@@ -718,33 +718,35 @@ def check_values(conversation):
 
 
 def plain(row, form, target):
-    """Return (conversation, Alpaca's input, quotation marks around its parts) of a row with only questions and answers, else None.
+    """Return (conversation, Alpaca's input) of a row with only questions and answers, else None.
 
     Every format holds such a row whole, so it needs neither check nor reading back: the cheap road, which most rows take.
     """
     try:
-        own, extra, system = OWN[form], "", None
+        extra, used = "", {"messages"}
         if form in ROLED:
-            messages, marks = row["messages"], 2
+            messages = row["messages"]
         elif form == "sharegpt":
-            messages, marks = [{"role": TURNS[turn["from"]], "content": turn["value"]} for turn in row["conversations"]], 2
+            used = {"conversations"}
+            messages = [{"role": TURNS[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
             if sum(map(len, row["conversations"])) > 2 * len(messages):
                 return None
         elif form == "alpaca":
-            extra, system, asked = row.get("input"), row.get("system"), row["instruction"]
-            turns = [*itertools.chain.from_iterable(row.get("history") or ()), f"{asked}\n{extra}" if extra and asked else asked or extra]
-            messages = [{"role": "system", "content": system}] if system else []
-            messages += [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate([*turns, row["output"]])]
-            marks = 2 * (len(row.keys() & own) + (extra is not None and bool(asked)) + (system == "")) - 6 * len(messages)
-            if not isinstance(extra, (str, type(None))) or not isinstance(asked, str) or (extra and target == form):
+            used = {"instruction", "input", "output", "system", "history"}
+            asked, extra, history = row["instruction"], row.get("input") or "", row.get("history") or ()
+            if type(asked) is not str or type(extra) is not str or {*map(len, history)} - {2} or (extra and target == form):
                 return None
+            texts = [*itertools.chain.from_iterable(history), f"{asked}\n{extra}" if asked and extra else asked or extra, row["output"]]
+            messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+            messages += [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
         else:
             return None
-        rest, named = {}, {"messages", "input", "instruction", "output", "history", "conversations"} & own
-        for key in row.keys() - named:
-            if key in CONTRACT or key == "label" or (key in own and key != "system") or key in OWN[target] or type(row[key]) not in SCALARS:
-                return None
-            rest[key] = row[key]
+        rest = {key: value for key, value in row.items() if key not in used}
+        taken = OWN[form] | OWN[target] | CONTRACT | {"label"}
+        if any(key in taken or type(value) not in SCALARS for key, value in rest.items()) or any(
+            key in rest and not rest[key] for key in ("id", "source")
+        ):
+            return None
         turn = 0
         for message in messages:
             role, content = message["role"], message["content"]
@@ -753,7 +755,7 @@ def plain(row, form, target):
             if len(message) > 2 or type(content) is not str or not content or content.isspace():
                 return None
             turn += role != "system"
-        return ({"messages": messages} | rest, extra, marks) if turn and turn % 2 == 0 else None
+        return ({"messages": messages} | rest, extra) if turn and turn % 2 == 0 else None
     except (KeyError, TypeError, AttributeError):
         return None
 
@@ -987,18 +989,22 @@ def quick(raw, row, form, target, source):
     found = plain(row, form, target)
     if not found:
         return None
-    talk, extra, known = found
+    talk, extra = found
     body = orjson.dumps(talk["messages"])
     if MARK.search(body):
         return None
     if isinstance(raw, bytes):
-        rest = {key: value for key, value in row.items() if key not in ("messages", "conversations")}
-        marks = body.count(b'"') + 2 + orjson.dumps(rest).count(b'"') if known else orjson.dumps(row).count(b'"')
+        rest = {key: value for key, value in row.items() if form == "alpaca" or key not in ("messages", "conversations")}
+        marks = orjson.dumps(rest).count(b'"') + (form != "alpaca" and body.count(b'"') + 2)
         if marks != raw.count(b'"') or ESCAPED_QUOTE.search(raw):
             return None
     talk = identified(talk, source, body)
-    if target in OPENAI or target == "trl":
-        line = b'{"messages":' + body + b"," + orjson.dumps({key: value for key, value in talk.items() if key != "messages"})[1:] + b"\n"
+    rest = {key: value for key, value in talk.items() if key != "messages"}
+    if target == "sharegpt":
+        turns = [{"from": SHAREGPT[message["role"]], "value": message["content"]} for message in talk["messages"]]
+        line = orjson.dumps({"conversations": turns} | rest, option=orjson.OPT_APPEND_NEWLINE)
+    elif target in PARTS:
+        line = b'{"messages":' + body + b"," + orjson.dumps(rest, option=orjson.OPT_APPEND_NEWLINE)[1:]
     else:
         line = orjson.dumps(write(talk, target), option=orjson.OPT_APPEND_NEWLINE)
     asked = len(talk["messages"]) - 2
