@@ -109,7 +109,7 @@ TOOL_CALL = re.compile(r"\s*<tool_call>\s*(.*?)\s*</tool_call>\s*", re.S)
 TOOL_RESPONSE = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.S)
 CALL = re.compile(r'\{\s*"name":\s*"(?:[^"\\]|\\.)*",\s*"arguments":\s*(\{.*\})\s*\}', re.S)
 TURN = re.compile(r"<\|im_start\|>([^\n]*)\n(.*?)<\|im_end\|>\s*", re.S)
-SPACE = re.compile(r"\s*")
+SPACE, SCAN = re.compile(r"\s*"), json.JSONDecoder().raw_decode
 
 REMEDIES = {
     "not JSON": "mend the line: strict JSON in UTF-8",
@@ -364,17 +364,30 @@ def leaves(value):
         yield value
 
 
+def elements(text):
+    """Return the JSON texts of the elements of a valid JSON list, or the text itself where it is none."""
+    if not text.lstrip().startswith("["):
+        return [text]
+    items, at = [], SPACE.match(text, text.index("[") + 1).end()
+    while text[at] != "]":
+        end = SCAN(text, at)[1]
+        items.append(text[at:end])
+        at = SPACE.match(text, end).end()
+        at = SPACE.match(text, at + (text[at] == ",")).end()
+    return items
+
+
 def read_calls(texts, where):
-    """Return the tool calls in JSON texts, each one call or a list; an arguments object of a single call keeps its exact characters."""
+    """Return the tool calls in JSON texts, each one call or a list; an object of arguments keeps its exact characters."""
     calls = []
-    for text in texts:
-        try:
-            call, exact = parse(text) if isinstance(text, str) else text, isinstance(text, str) and CALL.fullmatch(text)
-        except Reject as error:
-            raise Reject("tool call is not JSON", f"{where}: {error}") from None
-        if exact and set(call) == {"name", "arguments"}:
-            call["arguments"] = exact[1]
-        calls += call if isinstance(call, list) else [call]
+    try:
+        for text in itertools.chain.from_iterable(elements(text) for text in texts if parse(text) is not None):
+            calls.append(parse(text))
+            exact = CALL.fullmatch(text.strip())
+            if exact and set(calls[-1]) == {"name", "arguments"}:
+                calls[-1]["arguments"] = exact[1]
+    except Reject as error:
+        raise Reject("tool call is not JSON", f"{where}: {error}") from None
     return calls
 
 
@@ -423,7 +436,8 @@ def read_turn(turn, form, where, notes):
     if word == "function":
         notes.append((f"{where}.role", word, "deprecated, written as tool"))
     if called:
-        calls, content = calls + read_calls([content or ""], where), None
+        texts = [content] if isinstance(content, str) else [json.dumps(content, ensure_ascii=False)]
+        calls, content = calls + read_calls(texts, where), None
     if role == "assistant" and isinstance(content, str) and "reasoning_content" not in fields and (thought := THINK.fullmatch(content)):
         fields["reasoning_content"], text = thought.groups()
         if with_thinking(fields["reasoning_content"], text) != content:
@@ -1013,14 +1027,14 @@ def quick(raw, row, form, target, source):
 
 def identified(talk, source, body=None):
     """Return a conversation with an id and a source: its own, or a hash of source and turns, and the file's name."""
-    head = {key: talk[key] for key in ("messages", *ANSWERS, "tools") if key in talk}
-    source = talk.get("source", source)
+    head = {key: talk[key] for key in ("messages", *ANSWERS, "tools") if key in talk} | {"id": talk.get("id")}
+    head["source"] = source = talk.get("source", source)
     if "id" not in talk:
         digest = xxhash.xxh3_64(orjson.dumps(source))
         for key in ("messages", *ANSWERS):
             digest.update((body or orjson.dumps(contract_turns(talk[key]))) if key in talk else b"")
         head["id"] = digest.hexdigest()
-    return head | {"source": source} | talk
+    return head | talk
 
 
 def convert(raw, form, target, source, names=None, pairs="keep"):
@@ -1102,14 +1116,14 @@ def open_input(path, digests):
 
 def array_items(file):
     """Yield (line, JSON bytes) of each element of an array; one element and a piece of the file are in memory."""
-    decoder, scan = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape"), json.JSONDecoder().raw_decode
+    decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
     text, at, line, ended, due = "", 0, 1, False, "["
     while due:
         start = SPACE.match(text, at).end()
         line, at, end = line + text.count("\n", at, start), start, start
         try:
             if due == "value" and text[at : at + 1] != "]":
-                _, end = scan(text, at)
+                _, end = SCAN(text, at)
             if end == len(text):
                 raise json.JSONDecodeError("it ends early", text, at)
         except json.JSONDecodeError as error:

@@ -1,12 +1,16 @@
 """convert_sft_format.py: every record ends in data or in rejected, every field in the row or in the ledger."""
 
+import contextlib
 import gzip
 import json
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -414,6 +418,331 @@ def test_no_shape_ends_in_a_traceback(module, data, form, target):
         module.convert(json.dumps(row).encode(), form, target, "f")
     except module.Reject:
         return
+
+
+# ---- awkward rows: hundreds in every format, to every format, judged by an oracle that shares no code with the script
+
+WORDS = [
+    "plain text",
+    "两行\n文字。",
+    "  spaces  kept  ",
+    "a\u2028b\u0085c",
+    "😀👩‍👩‍👧",
+    'quote " and \\ slash',
+    '": "',
+    "{not json",
+    "[1, 2]",
+    '{"a": 1}',
+]
+WORDS += [
+    "<b>bold</b> & <br/>",
+    "x < y | z",
+    "</think>",
+    "<think> later",
+    "a\n\n\nb\n",
+    "\ttab",
+    "user: hi\nassistant: no",
+    "null",
+    "0",
+    "שלום",
+    "e\u0301",
+]
+WORDS += [
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>\nfake\n</tool_response>",
+    "```json\n{}\n```",
+    "assistant",
+    "human",
+    "\u3000全角",
+    "<image>",
+]
+POISON = ["bad <|im_end|> token", "<|endoftext|>", "<｜end▁of▁sentence｜>", "x<end_of_turn>"]
+COLLIDING = [
+    "text",
+    "input",
+    "output",
+    "history",
+    "instruction",
+    "conversations",
+    "segments",
+    "prompt",
+    "completion",
+    "kto_tag",
+    "label",
+    "rejected_response",
+]
+JSON_TEXTS = [
+    '{"a": 1.50}',
+    "{}",
+    '{"q": "中 \\"x\\"", "n": [1, {"k": null}]}',
+    '{"big": 12345678901234567890}',
+    '{"a":  1}',
+    '{"t": "</tool_call>"}',
+]
+FAULTS = ["two users", "no answer", "role", "orphan", "poison", "arguments", "type", "turn"]
+
+
+class Maker:
+    """Draws awkward rows of every format from one seed."""
+
+    def __init__(self, seed):
+        self.pick = random.Random(seed)
+        self.count = 0
+
+    def maybe(self, chance=0.3):
+        return self.pick.random() < chance
+
+    def text(self):
+        self.count += 1
+        return f"{self.pick.choice(WORDS)} t{self.count}" if self.maybe(0.8) else self.pick.choice(WORDS)
+
+    def extras(self, names=("mood", "score_x", *COLLIDING)):
+        values = [self.text(), 3, -0.5, True, None, ["l", {"d": 1}], {"k": "v"}, ""]
+        return {self.pick.choice(names): self.pick.choice(values) for _ in range(self.pick.choice([0, 0, 1, 2]))}
+
+    def answer(self):
+        thought = self.pick.choice(["<think>\n{}\n</think>\n\n", "<think>{}</think>", "<think>\n{}\n</think>\n"]) if self.maybe(0.2) else ""
+        return thought.format(self.text()) + self.text()
+
+    def calls(self):
+        ids = [f"id_{self.count}_{n}" if self.maybe(0.7) else f"call_{n}" for n in range(self.pick.choice([1, 1, 2, 3]))]
+        return [call(self.pick.choice(["add", "查询", 'odd"name']), self.pick.choice(JSON_TEXTS), one) for one in ids]
+
+    def messages(self, ends=True):
+        """OpenAI turns, mostly legal."""
+        turns = [{"role": self.pick.choice(["system", "system", "developer"]), "content": self.text()}] if self.maybe(0.5) else []
+        turns += [answer(self.text())] if self.maybe(0.05) else []
+        for _ in range(self.pick.choice([1, 1, 2, 3])):
+            turns.append(user(self.text()) | ({"name": "sam"} if self.maybe(0.1) else {}))
+            if self.maybe(0.1):
+                turns[-1]["content"] = [{"type": "text", "text": self.text()}, {"type": "text", "text": self.text()}]
+            if self.maybe(0.05):
+                turns[-1]["content"] = [{"type": "image_url", "image_url": {"url": f"{self.count}.png"}}]
+            if self.maybe(0.3):
+                calls = self.calls()
+                more = {"reasoning_content": self.text()} if self.maybe(0.2) else {}
+                turns.append(answer(self.text() if self.maybe() else self.pick.choice([None, ""]), tool_calls=calls) | more)
+                order = calls if self.maybe(0.9) else calls[::-1]
+                turns += [result(self.text() if self.maybe(0.9) else "", one["id"]) for one in order]
+            elif self.maybe(0.05):
+                turns.append(answer(None, function_call={"name": "add", "arguments": "{}"}))
+                turns.append({"role": "function", "name": "add", "content": self.text()})
+            turns.append(
+                answer(self.answer())
+                | ({"weight": self.pick.choice([0, 1])} if self.maybe(0.2) else {})
+                | self.extras(["mood", "value", "loss"])
+            )
+            if self.maybe(0.05):
+                turns[-1] = answer(None, refusal=self.text())
+            if self.maybe(0.1):
+                turns[-1]["reasoning_content"] = self.text()
+        return turns if ends else turns[:-1]
+
+    def row(self, form):
+        make = getattr(self, form)
+        row = make() | self.extras() | ({"id": self.pick.choice(["k1", 7, "", None])} if self.maybe() else {})
+        return self.broken(row) if self.maybe(0.25) else row
+
+    def broken(self, row):
+        """Damage a row in one of the ways that data is damaged."""
+        row, fault = json.loads(json.dumps(row)), self.pick.choice(FAULTS)
+        turns = next(
+            (
+                v
+                for k, v in row.items()
+                if k in ("messages", "conversations", "prompt") and isinstance(v, list) and v and all(isinstance(t, dict) for t in v)
+            ),
+            None,
+        )
+        turn = self.pick.choice(turns) if turns else row
+        key = next((key for key in ("content", "value", "output", "text", "human") if key in turn), "content")
+        if fault == "two users" and turns:
+            turns.insert(0, dict(turns[0]))
+        elif fault == "no answer":
+            turn[key] = self.pick.choice(["", " \n", None])
+        elif fault == "role" and turns:
+            turn.update({"role" if "role" in turn else "from": self.pick.choice(["narrator", 5, None])})
+        elif fault == "orphan" and turns:
+            turns.append(result("x", "nobody") if "role" in turn else {"from": "observation", "value": "x"})
+        elif fault == "poison":
+            turn[key] = self.pick.choice(POISON)
+        elif fault == "arguments" and turns:
+            bad = call("f", self.pick.choice(["{", "[]", '"x"', "", '{"a": 1, "a": 2}']))
+            turns.append(
+                answer(None, tool_calls=[bad]) if "role" in turn else {"from": "function_call", "value": '{"name": "f", "arguments": {'}
+            )
+        elif fault == "type":
+            turn[key] = self.pick.choice([5, [], {}, [1], True, [{"type": "text"}]])
+        elif turns:
+            turns[0] = self.pick.choice([None, "text", 1, [], {}])
+        return row
+
+    def openai(self):
+        if self.maybe(0.25):
+            two = {"preferred_output": [answer(self.answer())], "non_preferred_output": [answer(self.text())]}
+            return {
+                "input": {"messages": self.messages(ends=False)} | ({"tools": TOOLS, "parallel_tool_calls": True} if self.maybe() else {})
+            } | two
+        row = {"messages": self.messages()}
+        return row | ({"tools": TOOLS} if self.maybe() else {"functions": [{"name": "add"}]} if self.maybe(0.05) else {})
+
+    def messages_row(self):
+        if self.maybe(0.3):
+            two = [[answer(self.answer())], answer(self.text()), self.text(), [answer(None, tool_calls=self.calls())]]
+            return {"messages": self.messages(ends=False), "chosen": self.pick.choice(two), "rejected": [answer(self.text())]}
+        return (
+            {"messages": self.messages()} | ({"label": self.maybe()} if self.maybe() else {}) | ({"tools": TOOLS} if self.maybe() else {})
+        )
+
+    def alpaca(self):
+        row = {"instruction": self.text() if self.maybe(0.9) else "", "input": self.text() if self.maybe(0.4) else ""}
+        row |= {"system": self.text()} if self.maybe() else {}
+        row |= {"history": [[self.text(), self.answer()] for _ in range(self.pick.choice([0, 1, 2]))]} if self.maybe(0.4) else {}
+        if self.maybe(0.25):
+            return row | {"chosen": self.answer(), "rejected": self.text()}
+        return row | {"output": self.answer()} | ({"kto_tag": self.maybe()} if self.maybe(0.2) else {})
+
+    def sharegpt(self):
+        if self.maybe(0.1):
+            return {"conversation": [{"human": self.text(), "assistant": self.answer()} | self.extras(["loss", "mood"]) for _ in range(2)]}
+        turns = [{"from": "system", "value": self.text()}] if self.maybe() else []
+        for _ in range(self.pick.choice([1, 2, 3])):
+            turns.append({"from": "human", "value": self.text()})
+            if self.maybe():
+                calls = [
+                    json.dumps({"name": "add", "arguments": json.loads(self.pick.choice(JSON_TEXTS))}, ensure_ascii=False)
+                    for _ in range(self.pick.choice([1, 2]))
+                ]
+                turns.append({"from": "function_call", "value": calls[0] if len(calls) == 1 else f"[{', '.join(calls)}]"})
+                turns += [{"from": self.pick.choice(["observation", "tool"]), "value": self.text()} for _ in calls]
+            turns.append({"from": "gpt", "value": self.answer()} | self.extras(["weight", "mood", "loss"]))
+        row = {"tools": json.dumps(TOOLS)} if self.maybe() else {}
+        if self.maybe(0.25):
+            return row | {"conversations": turns[:-1], "chosen": turns[-1], "rejected": {"from": "gpt", "value": self.text()}}
+        return row | {"conversations": turns} | ({"kto_tag": self.maybe()} if self.maybe(0.2) else {})
+
+    def chatml_turns(self):
+        turns = [("system", self.text())] if self.maybe() else []
+        for _ in range(self.pick.choice([1, 2])):
+            turns += [("user", self.text()), ("assistant", self.answer())]
+        return turns
+
+    def chatml(self):
+        between = self.pick.choice(["\n", "\n", "", "\n\n"])
+        return {
+            "text": between.join(f"<|im_start|>{role}\n{text}<|im_end|>" for role, text in self.chatml_turns())
+            + self.pick.choice(["\n", ""])
+        }
+
+    def swift(self):
+        turns = [{"role": "system", "content": self.text()}] if self.maybe() else []
+        for _ in range(self.pick.choice([1, 2])):
+            turns.append(user(self.text()))
+            if self.maybe():
+                calls = self.pick.choice([1, 2])
+                turns += [answer(self.text())] if self.maybe(0.2) else []
+                turns += [
+                    {"role": "tool_call", "content": f'{{"name": "add", "arguments": {self.pick.choice(JSON_TEXTS)}}}'}
+                    for _ in range(calls)
+                ]
+                turns += [{"role": self.pick.choice(["tool_response", "tool"]), "content": self.text()} for _ in range(calls)]
+            turns.append(
+                answer(self.answer()) | ({"loss": self.maybe()} if self.maybe() else {}) | ({"loss_scale": 0.5} if self.maybe(0.1) else {})
+            )
+        row = {"messages": turns} | ({"tools": json.dumps(TOOLS)} if self.maybe() else {})
+        worse = {"rejected_response": self.pick.choice([self.text(), [answer(self.text())]])} if self.maybe(0.25) else {}
+        return row | worse | ({"label": self.maybe()} if not worse and self.maybe(0.2) else {})
+
+    def input_output(self):
+        if self.maybe(0.1):
+            return {"segments": [{"label": True, "text": "<s>" + self.text()}, {"label": False, "text": self.text() + "</s>"}]}
+        pieces = []
+        for role, text in self.chatml_turns():
+            trained = role == "assistant" if self.maybe(0.9) else self.maybe()
+            whole = [(False, f"<|im_start|>{role}\n"), (trained, f"{text}<|im_end|>"), (False, "\n")]
+            pieces += whole if self.maybe(0.9) else [(trained, "".join(text for _, text in whole))]
+        return {"segments": [{"label": label, "text": text} for label, text in pieces]}
+
+    def trl(self):
+        prompt = self.text() if self.maybe() else self.messages(ends=False)
+        answers = [self.text(), self.text()] if isinstance(prompt, str) else [[answer(self.answer())], [answer(self.text())]]
+        kind = self.pick.choice(["messages", "pair", "whole", "label", "completion"])
+        if kind == "messages":
+            return {"messages": self.messages()}
+        if kind == "whole" and isinstance(prompt, list):
+            return {"chosen": prompt + answers[0], "rejected": prompt + answers[1]}
+        if kind in ("pair", "whole"):
+            return {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
+        return {"prompt": prompt, "completion": answers[0]} | ({"label": self.maybe()} if kind == "label" else {})
+
+
+MARKUP = re.compile(r"<\|im_start\|>\w*\n|<\|im_end\|>|</?think>|</?tool_call>|</?tool_response>")
+
+
+def words_of(value, key=""):
+    """Yield (key, scrap) for each scrap of text in a value: JSON inside of texts is opened, markup cut away; roles are left out."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from words_of(item, name)
+    elif isinstance(value, list):
+        for item in value:
+            yield from words_of(item, key)
+    elif isinstance(value, str) and key not in ("role", "from", "type") and not re.fullmatch(r"call_\d", value):
+        inner, scraps = None, [scrap.strip("\n") for scrap in MARKUP.split(value) if scrap.strip()]
+        with contextlib.suppress(ValueError):
+            inner = json.loads(value)
+        if isinstance(inner, (dict, list)):
+            yield from words_of(inner, key)
+        elif scraps and scraps != [value]:
+            yield from words_of(scraps, key)
+        elif scraps:
+            yield key, value
+
+
+def texts_of(value):
+    """Return all that a value says, as it stands and with JSON and markup opened, in one text."""
+    whole = [value] if isinstance(value, str) else value
+    found, todo = [scrap for _, scrap in words_of(whole)], [whole]
+    while todo:
+        item = todo.pop()
+        todo += item.values() if isinstance(item, dict) else item if isinstance(item, list) else []
+        found += [item] if isinstance(item, str) else []
+    return "\0".join(found)
+
+
+def unlisted(row, made, ledger):
+    """Return the scraps of `row` that are neither in the written row nor in the ledger, and those that the written row adds."""
+    kept, source = texts_of([made, [value for _, value, _ in ledger]]), texts_of(row)
+    lost = [scrap for _, scrap in words_of(row) if any(line not in kept for line in scrap.split("\n"))]
+    written = [(key, scrap) for key, scrap in words_of({key: made[key] for key in made if key not in ("id", "source")})]
+    added = [scrap for key, scrap in written if any(line not in source for line in scrap.split("\n")) and scrap != "function"]
+    return lost, added
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_no_awkward_row_is_damaged_in_silence(module, form):
+    """Every row to every format: refused with a reason and a remedy, or nothing is lost, nothing added, and it can go back."""
+    maker, outcomes = Maker(form), Counter()
+    for _ in range(250):
+        row = maker.messages_row() if form == "messages" else maker.row(form)
+        raw = json.dumps(row, ensure_ascii=maker.maybe()).encode()
+        for target in FORMATS:
+            try:
+                made, _, ledger = convert(module, raw, form, target)
+            except module.Reject as fault:
+                assert fault.reason and fault.remedy, (str(fault), row)
+                outcomes[target, "refused"] += 1
+                continue
+            outcomes[target, "made"] += 1
+            assert unlisted(row, json.loads(made), ledger) == ([], []), (target, row, json.loads(made), ledger)
+            again, _, none = convert(module, made, target, target)
+            assert (again, none) == (made, []), (target, row)
+            back, _, more = convert(module, made, target, "messages")
+            first = json.loads(convert(module, raw, form, "messages")[0])
+            fields = {field for field, _, _ in [*ledger, *more]}
+            assert differences(first, json.loads(back)) <= fields, (target, row, fields)
+    assert all(outcomes[target, "made"] for target in FORMATS), outcomes
 
 
 def write(path, lines):
