@@ -111,7 +111,9 @@ CALL = re.compile(r'\{\s*"name":\s*"(?:[^"\\]|\\.)*",\s*"arguments":\s*(\{.*\})\
 TURN = re.compile(r"<\|im_start\|>([^\n]*)\n(.*?)<\|im_end\|>\s*", re.S)
 SPACE, SCAN = re.compile(r"\s*"), json.JSONDecoder().raw_decode
 
+UNFORESEEN = "a shape that this program does not foresee"
 REMEDIES = {
+    UNFORESEEN: "report the row: it shows a fault of the program",
     "not JSON": "mend the line: strict JSON in UTF-8",
     "lone surrogate": "half of a character was cut off: mend the text",
     "duplicate key": "keep one of the two",
@@ -145,6 +147,7 @@ REMEDIES = {
     "an answer is trained in part": "let one segment hold the answer with its <|im_end|>",
     "a pair lacks an answer": "add it, or remove the other one",
     "output beside chosen and rejected": "remove output, or both answers of the pair",
+    "completion beside chosen and rejected": "remove completion, or both answers of the pair",
     "an answer before chosen and rejected": "end the prompt with a question or a tool result, or name the format with --from trl",
     "a question inside of an answer": "let chosen and rejected hold the answer only, or name the format with --from trl",
     "chosen and rejected are the same": "remove the record: it shows no preference",
@@ -438,6 +441,8 @@ def read_turn(turn, form, where, notes):
     if called:
         texts = [content] if isinstance(content, str) else [json.dumps(content, ensure_ascii=False)]
         calls, content = calls + read_calls(texts, where), None
+        if not calls:
+            raise Reject("tool call is not JSON", f"{where}: there is none")
     if role == "assistant" and isinstance(content, str) and "reasoning_content" not in fields and (thought := THINK.fullmatch(content)):
         fields["reasoning_content"], text = thought.groups()
         if with_thinking(fields["reasoning_content"], text) != content:
@@ -572,6 +577,8 @@ def read_segments(row, notes):
 def read_trl(row, notes):
     """Take the turns out of a TRL row: messages; prompt and completion; or prompt, chosen and rejected, each a text or turns."""
     prompt, done, two = row.pop("prompt", None), answers(row.pop("completion", None)), pair(row)
+    if two and done:
+        raise Reject("completion beside chosen and rejected")
     if not two and not done:
         row |= {"prompt": prompt} if prompt else {}
         return {"messages": row.pop("messages", None)}
@@ -631,10 +638,11 @@ def read(row, form):
     for messages in threads(lists):
         number_calls(messages)
     tag = row.pop("kto_tag", None) if "kto_tag" in OWN[form] else None
-    if tag is not None and (not isinstance(tag, bool) or isinstance(row.get("label"), bool)):
-        raise Reject("kto_tag is not true or false" if not isinstance(tag, bool) else "duplicate key", "kto_tag")
-    if "kto_tag" in OWN[form] and isinstance(row.get("label"), bool):
-        notes.append(("label", row["label"], f"{form} writes it as kto_tag"))
+    if tag is not None and not isinstance(tag, bool):
+        raise Reject("kto_tag is not true or false", f"{tag!r:.40}")
+    if "label" in row and (tag is not None or ("kto_tag" in OWN[form] and isinstance(row["label"], bool))):
+        reason = f"{form} writes it as kto_tag" if tag is None else "kto_tag takes its place"
+        notes.append(("label", row["label"] if tag is None else row.pop("label"), reason))
     notes += [(key, row[key], "the name has another meaning in messages") for key in row if key in CONTRACT]
     rest = {key: value for key, value in row.items() if key not in CONTRACT}
     rest = {key: value for key, value in rest.items() if key not in ("id", "source") or value not in (None, "")}
@@ -1062,6 +1070,8 @@ def convert(raw, form, target, source, names=None, pairs="keep"):
         raise Reject("nested too deeply") from None
     except orjson.JSONEncodeError as error:
         raise Reject("value without a JSON form", str(error)) from None
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # one odd row must not end a run of hours
+        raise Reject(UNFORESEEN, f"{type(error).__name__}: {error}") from None
 
 
 class Hashed(io.FileIO):
