@@ -94,7 +94,9 @@ ALIASES = {"instruction": ("query", "question", "prompt", "problem"), "output": 
 OPTIONAL = {"name", "refusal", "function_call", "tool_calls", "tool_call_id", "weight", "reasoning_content", "audio"}
 NESTED = {"messages", "conversations", "conversation", "history", "tools", "functions", "segments"}  # tables hold these as JSON texts
 NESTED |= {"preferred_output", "non_preferred_output"}
-SCALARS = {str, int, bool}
+SCALARS, NAMED = {str, int, bool}, ("id", "source")
+IN_TURN = ("user", "assistant") * 500
+AFTER_SYSTEM = ("system", *IN_TURN)
 BARE = {"role", "content", "tool_calls", "weight"}  # keys of a message that is a call and nothing else
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt", ".chatml")
 FILES = ("data.jsonl", "rejected.jsonl", "losses.jsonl")
@@ -763,22 +765,22 @@ def plain(row, form, target):
             messages += [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
         else:
             return None
-        rest = {key: value for key, value in row.items() if key not in used}
-        taken = OWN[form] | OWN[target] | CONTRACT | {"label"}
-        if any(key in taken or type(value) not in SCALARS for key, value in rest.items()) or any(
-            key in rest and not rest[key] for key in ("id", "source")
-        ):
+        rest = {}
+        for key, value in row.items():
+            if key not in used:
+                taken = key in OWN[form] or key in OWN[target] or key in CONTRACT or key == "label" or (key in NAMED and not value)
+                if taken or type(value) not in SCALARS:
+                    return None
+                rest[key] = value
+        first = messages[0]["role"] == "system"
+        if not first < len(messages) <= len(IN_TURN) or (len(messages) - first) % 2 or sum(map(len, messages)) != 2 * len(messages):
             return None
-        turn = 0
-        for message in messages:
-            role, content = message["role"], message["content"]
-            if role != ("user", "assistant")[turn % 2] and not (role == "system" and message is messages[0]):
+        for message, role in zip(messages, AFTER_SYSTEM if first else IN_TURN, strict=False):
+            content = message["content"]
+            if message["role"] != role or type(content) is not str or not content or content.isspace():
                 return None
-            if len(message) > 2 or type(content) is not str or not content or content.isspace():
-                return None
-            turn += role != "system"
-        return ({"messages": messages} | rest, extra) if turn and turn % 2 == 0 else None
-    except (KeyError, TypeError, AttributeError):
+        return {"messages": messages} | rest, extra
+    except (KeyError, IndexError, TypeError, AttributeError):
         return None
 
 
@@ -1013,7 +1015,7 @@ def quick(raw, row, form, target, source):
         return None
     talk, extra = found
     body = orjson.dumps(talk["messages"])
-    if MARK.search(body):
+    if b"<" in body and MARK.search(body):
         return None
     if isinstance(raw, bytes):
         rest = {key: value for key, value in row.items() if form == "alpaca" or key not in ("messages", "conversations")}
@@ -1035,14 +1037,12 @@ def quick(raw, row, form, target, source):
 
 def identified(talk, source, body=None):
     """Return a conversation with an id and a source: its own, or a hash of source and turns, and the file's name."""
-    head = {key: talk[key] for key in ("messages", *ANSWERS, "tools") if key in talk} | {"id": talk.get("id")}
-    head["source"] = source = talk.get("source", source)
-    if "id" not in talk:
-        digest = xxhash.xxh3_64(orjson.dumps(source))
-        for key in ("messages", *ANSWERS):
-            digest.update((body or orjson.dumps(contract_turns(talk[key]))) if key in talk else b"")
-        head["id"] = digest.hexdigest()
-    return head | talk
+    head = {key: talk[key] for key in ("messages", *ANSWERS, "tools") if key in talk}
+    source = talk.get("source", source)
+    if "id" in talk:
+        return head | {"id": talk["id"], "source": source} | talk
+    turns = [body] if body else [orjson.dumps(contract_turns(talk[key])) for key in ("messages", *ANSWERS) if key in talk]
+    return head | {"id": xxhash.xxh3_64_hexdigest(b"".join([orjson.dumps(source), *turns])), "source": source} | talk
 
 
 def convert(raw, form, target, source, names=None, pairs="keep"):
@@ -1209,8 +1209,8 @@ def records(path, digests):
             elif start.startswith(b"<|im_start|>"):
                 yield from text_items(file)
             else:
-                lines = enumerate((line.removeprefix(codecs.BOM_UTF8).strip() for line in file), 1)
-                yield from ((number, line) for number, line in lines if line)
+                file.read(len(codecs.BOM_UTF8) * first.startswith(codecs.BOM_UTF8))
+                yield from (item for item in enumerate(file, 1) if not item[1].isspace())
     except (ValueError, EOFError, csv.Error, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
         raise SystemExit(f"convert_sft_format.py: {path}: {error}; mend the file or leave it out") from None
 
@@ -1253,8 +1253,9 @@ def sniff(path, head, names):
         )
         sys.exit(3)
     names = names | dict(mapped)
-    shown = sorted({key for row in rows if isinstance(row, dict) for key in row if names.get(key, key) in OWN[form] | {"tools", "label"}})
-    shown = ", ".join(f"{names[key]}={key}" if key in names else key for key in shown)
+    theirs = {ours: name for name, ours in names.items()}
+    keys = {dict(mapped).get(key, key) for row in rows if isinstance(row, dict) for key in row} & (OWN[form] | {"tools", "label"})
+    shown = ", ".join(f"{key}={theirs[key]}" if key in theirs else key for key in sorted(keys))
     print(f"sft-data: {path}: {form} ({shown}), as {count} of its first {len(head)} records show", file=sys.stderr)
     return form, names
 
@@ -1370,7 +1371,7 @@ def main():
                 except Reject as error:
                     reasons[error.reason] += 1
                     refused += 1
-                    text = raw.decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else json.dumps(raw, default=str)
+                    text = raw.strip().decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else json.dumps(raw, default=str)
                     entry = {"file": str(path), "line": line, "reason": str(error), "remedy": error.remedy, "raw": text}
                     note(rejected, str(error), {key: value for key, value in entry.items() if value != ""})
                     continue
@@ -1378,7 +1379,8 @@ def main():
                     data.write(row)
                     kept += 1
                     formats[form] += 1
-                    roles.update([message["role"] for message in talk["messages"]])
+                    for message in talk["messages"]:
+                        roles[message["role"]] += 1
                     for field, value, reason in lost:
                         fields[re.sub(r"\[\d+\]", "", field)] += 1
                         entry = {"file": str(path), "line": line, "id": talk["id"], "field": field, "value": value, "reason": reason}

@@ -1,6 +1,7 @@
 """convert_sft_format.py: every record ends in data or in rejected, every field in the row or in the ledger."""
 
 import contextlib
+import csv
 import gzip
 import json
 import os
@@ -742,6 +743,13 @@ def test_no_awkward_row_is_damaged_in_silence(module, form):
                 outcomes[target, "refused"] += 1
                 continue
             outcomes[target, "made"] += 1
+            cheap = module.quick(raw, module.loads(raw), form, target, "f")
+            if cheap:
+                outcomes[target, "cheap"] += 1
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(module, "plain", lambda *_: None)
+                    careful = convert(module, raw, form, target)
+                assert (cheap[0], cheap[2]) == (careful[0], careful[2])
             assert unlisted(row, json.loads(made), ledger) == ([], []), (target, row, json.loads(made), ledger)
             again, _, none = convert(module, made, target, target)
             assert (again, none) == (made, []), (target, row)
@@ -839,6 +847,215 @@ def test_text_file_of_chatml(run_script, tmp_path):
     assert [json.loads(line)["messages"] for line in done.stdout.splitlines()] == [[user("a\n\nb"), answer("c")]] * 3
     reject = next(json.loads(line) for line in done.stderr.splitlines() if line.startswith("{"))
     assert reject["line"] == 24 and reject["reason"].startswith("text outside of a turn")
+
+
+PAIR = {"messages": [user("q")], "chosen": [answer("good")], "rejected": [answer("bad")], "id": "p", "source": "f"}
+
+
+def test_the_exact_rows_of_preference_data(module):
+    """A pair and a labelled answer as each tool's own reader wants them."""
+    turns, good, bad = [user("q")], answer("good"), answer("bad")
+    marks = {"id": "p", "source": "f"}
+    expected = {
+        "openai": {"input": {"messages": turns}, "preferred_output": [good], "non_preferred_output": [bad]},
+        "alpaca": {"instruction": "q", "input": "", "chosen": "good", "rejected": "bad"},
+        "sharegpt": {
+            "conversations": [{"from": "human", "value": "q"}],
+            "chosen": {"from": "gpt", "value": "good"},
+            "rejected": {"from": "gpt", "value": "bad"},
+        },
+        "swift": {"messages": [*turns, good], "rejected_response": [bad]},
+        "trl": {"prompt": turns, "chosen": [good], "rejected": [bad]},
+    }
+    for target, row in expected.items():
+        line, _, lost = convert(module, PAIR, "messages", target)
+        assert json.loads(line) == row | marks and not lost
+        for back in FORMATS:
+            if back in ("chatml", "input_output"):
+                with pytest.raises(module.Reject, match="a pair of answers"):
+                    convert(module, line, target, back)
+            else:
+                there, _, lost = convert(module, line, target, back)
+                assert json.loads(there) == expected.get(back, PAIR) | marks and not lost
+    labelled = {"messages": [user("q"), bad], "label": False} | marks
+    tags = {
+        "openai": labelled,
+        "alpaca": {"instruction": "q", "input": "", "output": "bad", "kto_tag": False} | marks,
+        "sharegpt": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "bad"}], "kto_tag": False} | marks,
+        "swift": labelled,
+        "trl": {"prompt": turns, "completion": [bad], "label": False} | marks,
+        "chatml": {"text": "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\nbad<|im_end|>\n", "label": False} | marks,
+    }
+    for target, row in tags.items():
+        line, _, lost = convert(module, labelled, "messages", target)
+        assert json.loads(line) == row and not lost
+        assert json.loads(convert(module, line, target, "messages")[0]) == labelled
+
+
+def test_what_becomes_of_a_pair(module):
+    [(line, _, lost)] = module.convert(json.dumps(PAIR).encode(), "messages", "chatml", "f", pairs="chosen")
+    assert "good" in json.loads(line)["text"] and "bad" not in line.decode()
+    assert lost == [("rejected", [answer("bad")], "--pairs chosen keeps one answer")]
+    two = module.convert(json.dumps(PAIR).encode(), "messages", "sharegpt", "f", pairs="label")
+    tags = [(row["id"], row["conversations"][-1]["value"], row["kto_tag"]) for row in (json.loads(line) for line, _, _ in two)]
+    assert tags == [("p-chosen", "good", True), ("p-rejected", "bad", False)] and not any(lost for _, _, lost in two)
+
+
+@pytest.mark.parametrize(
+    ("reason", "row"),
+    [
+        ("a pair lacks an answer", {"messages": [user("q")], "chosen": [answer("a")]}),
+        ("chosen and rejected are the same", {"messages": [user("q")], "chosen": [answer("a")], "rejected": "a"}),
+        ("an answer before chosen and rejected", {"messages": PLAIN, "chosen": [answer("a")], "rejected": [answer("b")]}),
+        ("a question inside of an answer", {"messages": [user("q")], "chosen": [answer("a"), user("r"), answer("s")], "rejected": "b"}),
+        ("empty answer", {"messages": [user("q")], "chosen": [answer("a")], "rejected": [answer(" ")]}),
+        ("special token in the text", {"messages": [user("q")], "chosen": [answer("a<|im_end|>")], "rejected": "b"}),
+    ],
+)
+def test_a_bad_pair_is_rejected(module, reason, row):
+    with pytest.raises(module.Reject) as caught:
+        convert(module, row, "messages", "trl")
+    assert caught.value.reason == reason and caught.value.remedy
+
+
+def test_segments_of_axolotl(module):
+    """Which answers are trained is kept; text that is not ChatML does not tell its turns."""
+    row = {"messages": [user("a"), answer("b", weight=0), user("c"), answer("d")]}
+    segments = json.loads(convert(module, row, "openai", "input_output")[0])["segments"]
+    assert [piece["text"] for piece in segments if piece["label"]] == ["d<|im_end|>"]
+    assert json.loads(convert(module, {"segments": segments}, "input_output", "openai")[0])["messages"] == row["messages"]
+    for reason, pieces in {
+        "segments without ChatML turns": [(True, "<s>Hello")],
+        "an answer is trained in part": [(False, "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nx"), (True, "y<|im_end|>\n")],
+    }.items():
+        with pytest.raises(module.Reject) as caught:
+            convert(module, {"segments": [{"label": label, "text": text} for label, text in pieces]}, "input_output", "messages")
+        assert caught.value.reason == reason
+
+
+def test_fields_of_other_names(run_script, tmp_path):
+    """--map in a recipe and on the command line; names that others use are known, and shown."""
+    source = write(tmp_path / "a.jsonl", [{"talk": [{"who": "Q", "said": "a"}, {"who": "A", "said": "b"}]}])
+    recipe = write(tmp_path / "r.yaml", [f"input: [{source}]", "map: [conversations=talk, from=who, value=said, human=Q, gpt=A]"])
+    done = run_script(SCRIPT, "--config", recipe, "--output", tmp_path / "out")
+    assert done.returncode == 0 and "sharegpt (conversations=talk), as 1 of its first 1 records show" in done.stderr, done.stderr
+    [row] = rows(tmp_path / "out" / "data.jsonl")
+    assert row["messages"] == [user("a"), answer("b")]
+    names = {"talk": "conversations", "who": "from", "said": "value", "Q": "human", "A": "gpt"}
+    mapping = json.loads((tmp_path / "out" / "manifest.json").read_text())["metrics"]["mapping"]
+    assert mapping == {str(source): {"format": "sharegpt", "names": names}}
+    for known in ({"query": "a", "response": "b"}, {"question": "a", "chosen": "b", "rejected": "c", "system": "s"}):
+        done = run_script(SCRIPT, "--input", "-", "--output", "-", input=json.dumps(known) + "\n")
+        assert json.loads(done.stdout)["messages"][-1 if "system" in known else 0] == user("a")
+        assert f"instruction={next(iter(known))}" in done.stderr, done.stderr
+    wrong = run_script(SCRIPT, "--input", source, "--map", "colour=who", "--output", tmp_path / "no")
+    assert wrong.returncode == 2 and "colour=who" in wrong.stderr and not (tmp_path / "no").exists()
+    words = ["--from", "alpaca", "--map", "output=reply", "--output", "-"]
+    both = run_script(SCRIPT, "--input", "-", *words, input='{"output":"a","reply":"b"}\n')
+    assert "duplicate key" in both.stderr and not both.stdout
+
+
+@pytest.mark.parametrize(
+    ("row", "form"),
+    [
+        ({"messages": PLAIN}, "openai"),
+        ({"messages": PLAIN, "prompt": "question", "prompt_id": "1"}, "openai"),
+        (PAIR, "messages"),
+        ({"messages": PLAIN, "rejected_response": "b"}, "swift"),
+        (LEGAL["ms-swift parallel calls"], "swift"),
+        ({"input": {"messages": [user("q")]}, "preferred_output": [answer("a")], "non_preferred_output": [answer("b")]}, "openai"),
+        ({"instruction": "a", "output": "b"}, "alpaca"),
+        ({"instruction": "a", "chosen": "b", "rejected": "c"}, "alpaca"),
+        (LEGAL["sharegpt"], "sharegpt"),
+        (LEGAL["ms-swift"], "sharegpt"),
+        (LEGAL["chatml"], "chatml"),
+        ({"segments": [{"label": True, "text": "a"}]}, "input_output"),
+        ({"prompt": "a", "completion": "b", "label": True}, "trl"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "trl"),
+        ({"chosen": [*PLAIN], "rejected": [user("question"), answer("b")]}, "trl"),
+    ],
+)
+def test_the_format_is_seen(module, row, form):
+    assert module.shapes(row) == [(form, {})]
+
+
+def test_explain_shows_a_record_before_and_after_and_writes_nothing(run_script, tmp_path):
+    lines = [{"messages": PLAIN}, {"messages": [user("长" * 90, name="sam"), answer("b")]}, BAD["empty answer"]]
+    source = write(tmp_path / "chats.jsonl", lines)
+    for number, words in {
+        1: ["nothing is lost", '"from": "human"'],
+        2: ["lost: messages[0].name", '"sam"'],
+        3: ["rejected: empty answer"],
+    }.items():
+        target = "chatml" if number == 2 else "sharegpt"
+        done = run_script(SCRIPT, "--input", source, "--to", target, "--explain", number, cwd=tmp_path, env={"COLUMNS": "100"})
+        assert done.returncode == 0 and f"chats.jsonl line {number}: openai -> {target}" in done.stdout, done.stderr
+        assert all(word in done.stdout for word in words)
+        columns = [line.split(" │ ")[0] for line in done.stdout.splitlines() if " │ " in line]
+        assert {len(left) + sum("\u4e00" <= letter <= "\u9fff" for letter in left) for left in columns} == {48}, "Chinese takes two columns"
+    done = run_script(SCRIPT, "--input", source, "--explain", 9, cwd=tmp_path)
+    assert done.returncode == 1 and "fewer records" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["chats.jsonl"]
+    assert run_script(SCRIPT, "--input", source, cwd=tmp_path).returncode == 2
+
+
+def test_preference_data_in_tables(run_script, tmp_path):
+    """A table holds turns as JSON texts, and a label as a word."""
+    cells = '"question","reply","kto_tag"\r\n"a","b","True"\r\n"c","d","false"\r\n'
+    (tmp_path / "a.csv").write_text(cells, encoding="utf-8", newline="")
+    done = run_script(
+        SCRIPT, "--input", tmp_path / "a.csv", "--map", "instruction=question", "output=reply", "--to", "trl", "--output", "-"
+    )
+    assert [row["label"] for row in map(json.loads, done.stdout.splitlines())] == [True, False], done.stderr
+    two = {key: json.dumps(value) if isinstance(value, list) else value for key, value in PAIR.items()}
+    with open(tmp_path / "b.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([two, two.values()])
+    done = run_script(SCRIPT, "--input", tmp_path / "b.csv", "--output", "-")
+    assert json.loads(done.stdout) == PAIR, done.stderr
+
+
+@pytest.mark.slow
+def test_trl_reads_what_is_written(module):
+    """TRL itself tells the prompt of whole conversations, and what is conversational."""
+    data_utils = pytest.importorskip("trl.data_utils")
+    made = [
+        json.loads(convert(module, row, "messages", "trl")[0]) for row in (PAIR, {"messages": PLAIN, "label": True}, {"messages": PLAIN})
+    ]
+    assert all(map(data_utils.is_conversational, made))
+    whole = {"chosen": PAIR["messages"] + PAIR["chosen"], "rejected": PAIR["messages"] + PAIR["rejected"]}
+    ours = json.loads(convert(module, whole, "trl", "trl")[0])
+    assert data_utils.maybe_extract_prompt(whole) == {key: ours[key] for key in ("prompt", "chosen", "rejected")}
+
+
+@pytest.mark.slow
+def test_axolotl_reads_what_is_written(module):
+    """Axolotl's own DPO strategy takes a pair of `messages` as it is, and its segments a row of `input_output`."""
+    strategy = pytest.importorskip("axolotl.prompt_strategies.dpo.chat_template")
+    from axolotl.prompt_strategies.input_output import RawInputOutputPrompter
+    from axolotl.utils.dict import DictDefault
+
+    class Tokenizer:
+        def apply_chat_template(self, messages, add_generation_prompt=False, **_):
+            text = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in messages)
+            return text + "<|im_start|>assistant\n" * add_generation_prompt
+
+    transform, _ = strategy.default(DictDefault({"chat_template": "chatml", "datasets": [{"type": "chat_template.default"}]}))
+    row = json.loads(convert(module, PAIR, "openai", "messages")[0])
+    made = transform(row, Tokenizer())
+    asked = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    assert (made["prompt"], made["chosen"], made["rejected"]) == (asked, "good<|im_end|>", "bad<|im_end|>")
+    segments = json.loads(convert(module, {"messages": PLAIN}, "openai", "input_output")[0])["segments"]
+    pieces = [*RawInputOutputPrompter().build_prompt(segments)]
+    assert "".join(text for _, text in pieces) == Tokenizer().apply_chat_template(PLAIN)
+    assert [text for label, text in pieces if label] == ["answer<|im_end|>"]
+
+
+def test_the_benchmark_runs():
+    bench = ROOT / "tests" / "bench" / "bench_sft_data.py"
+    done = subprocess.run([sys.executable, bench, "--megabytes", "0.3", "--rounds", "1", "--peers", "none"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    directions = [["openai", "messages"], ["sharegpt", "messages"], ["alpaca", "messages"], ["messages", "sharegpt"]]
+    assert [line.split()[2:4] for line in done.stdout.splitlines()[2:]] == directions * 2
 
 
 def test_stdin_to_stdout(run_script, tmp_path):
