@@ -356,8 +356,16 @@ def rename(row, names):
         words = {key: names[item[key]] for key in ("role", "from") if isinstance(item, dict) and item.get(key) in names}
         return item | words if words else item
 
-    row = keyed(row) if isinstance(row, dict) else row
-    return {k: [*map(turn, v)] if isinstance(v, list) and k in NESTED else v for k, v in row.items()} if isinstance(row, dict) else row
+    if not isinstance(row, dict):
+        return row
+    row = keyed(row)
+    lists = {key: nested(value) for key, value in row.items() if key in NESTED}
+    return row | {key: [*map(turn, value)] for key, value in lists.items() if isinstance(value, list)}
+
+
+def nested(value):
+    """Return the value of a JSON text that holds a list or an object, as tables have them; any other value as it is."""
+    return parse(value) if isinstance(value, str) and value[:1] in ("[", "{") else value
 
 
 def leaves(value):
@@ -621,8 +629,7 @@ def read(row, form):
     """Return (conversation of the contract, notes) for a row; a note is (field, value, reason) for what is written in another way."""
     if not isinstance(row, dict) or None in row:
         raise Reject("record is not an object" if None not in row else "more cells than columns")
-    nested = NESTED & (OWN[form] | {"tools"})
-    row, notes = row | {key: parse(row[key]) for key in nested if isinstance(row.get(key), str) and row[key][:1] in ("[", "{")}, []
+    row, notes = row | {key: nested(row[key]) for key in NESTED & (OWN[form] | {"tools"}) & row.keys()}, []
     lists = READERS[form](row, notes)
     system, tools = row.pop("system", None) if "system" in OWN[form] else None, row.pop("tools", None) or []
     functions = (row.pop("functions", None) or []) if form in OPENAI else []
@@ -758,7 +765,9 @@ def plain(row, form, target):
         elif form == "alpaca":
             used = {"instruction", "input", "output", "system", "history"}
             asked, extra, history = row["instruction"], row.get("input") or "", row.get("history") or ()
-            if type(asked) is not str or type(extra) is not str or {*map(len, history)} - {2} or (extra and target == form):
+            if type(asked) is not str or type(extra) is not str or (extra and target == form):
+                return None
+            if type(history) not in (list, tuple) or any(type(item) is not list or len(item) != 2 for item in history):
                 return None
             texts = [*itertools.chain.from_iterable(history), f"{asked}\n{extra}" if asked and extra else asked or extra, row["output"]]
             messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
@@ -941,10 +950,8 @@ WRITERS |= {"swift": write_swift, "input_output": lambda talk: write_text(talk, 
 def write(talk, target):
     """Return a conversation as a row of `target`; what the format has no place for is left out."""
     row = WRITERS[target](talk)
-    taken = (
-        OWN[target] | {"messages", *ANSWERS} | row.get("input", {}).keys() if target == "openai" else OWN[target] | {"messages", *ANSWERS}
-    )
-    taken |= {"label"} if "kto_tag" in row else set()
+    taken = OWN[target] | {"messages", *ANSWERS} | ({"label"} if "kto_tag" in row else set())
+    taken |= {"tools", "parallel_tool_calls"} if "preferred_output" in row else set()
     rest = {key: value for key, value in talk.items() if key not in taken}
     if "tools" in rest and target not in ("messages", "openai", "trl"):
         rest["tools"] = json.dumps(rest["tools"], ensure_ascii=False)
@@ -972,12 +979,9 @@ def differences(was, now, where=""):
     if isinstance(was, dict) and isinstance(now, dict):
         if now.keys() - was.keys():
             raise Reject("it would be read with one more field", f"{where}{min(now.keys() - was.keys())}")
-        for key in was:
-            yield from (
-                differences(was[key], now.get(key), f"{where}.{key}" if where else key)
-                if key in now
-                else [(f"{where}.{key}".lstrip("."), was[key])]
-            )
+        for key, value in was.items():
+            inner = f"{where}.{key}" if where else key
+            yield from differences(value, now[key], inner) if key in now else [(inner, value)]
     elif isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
         for n, both in enumerate(zip(was, now, strict=True)):
             yield from differences(*both, f"{where}[{n}]")
@@ -1009,7 +1013,10 @@ def recast(talk, pairs):
 
 
 def quick(raw, row, form, target, source):
-    """Return (JSON line, conversation, losses) of a plain row by the cheap road, or None where the careful one must decide."""
+    """Return (JSON line, conversation, losses) of a plain row by the cheap road, or None where the careful one must decide.
+
+    `raw`: the JSON of the row, where nobody has looked yet whether a key comes twice.
+    """
     found = plain(row, form, target)
     if not found:
         return None
@@ -1017,7 +1024,7 @@ def quick(raw, row, form, target, source):
     body = orjson.dumps(talk["messages"])
     if b"<" in body and MARK.search(body):
         return None
-    if isinstance(raw, bytes):
+    if raw:  # a key that comes twice shows in the number of quotation marks, as in `parse`
         rest = {key: value for key, value in row.items() if form == "alpaca" or key not in ("messages", "conversations")}
         marks = orjson.dumps(rest).count(b'"') + (form != "alpaca" and body.count(b'"') + 2)
         if marks != raw.count(b'"') or ESCAPED_QUOTE.search(raw):
@@ -1051,11 +1058,13 @@ def convert(raw, form, target, source, names=None, pairs="keep"):
     It is one, but for a pair of answers that becomes two labelled rows. `names`: of --map, the file's names to the format's.
     """
     try:
-        row = loads(raw) if isinstance(raw, bytes) else unpack(raw, form)
-        if not names and (made := quick(raw, row, form, target, source)):
+        table = not isinstance(raw, bytes)
+        row = raw if table else parse(raw) if names else loads(raw)
+        row = rename(row, names) if names else row
+        row = unpack(row, form) if table else row
+        if made := quick(None if names or table else raw, row, form, target, source):
             return [made]
-        row = parse(raw) if isinstance(raw, bytes) else row
-        talk, notes = read(rename(row, names) if names else row, form)
+        talk, notes = read(row if names or table else parse(raw), form)
         check(talk)
         check_values(talk)
         made = []

@@ -378,7 +378,11 @@ PLAIN_TEXT = st.sampled_from(["a", "b c", " ", "", "<b>", "你好"])
 OPENAI_TURN = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system", "tool"]), "content": PLAIN_TEXT})
 SHAREGPT_TURN = st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt", "system", "function_call"]), "value": PLAIN_TEXT})
 EXTRAS = {
-    key: st.sampled_from(["", "x", 1, None, []]) for key in ("id", "source", "system", "tools", "functions", "history", "meta", "input")
+    "history": st.sampled_from([[], None, [["a", "b"]], ["ab"], {"ab": 1}, [["a", "b", "c"]], "ab", [["a", 1]]]),
+    "id": st.sampled_from(["", "x", 1, None, True, 0.5]),
+} | {
+    key: st.sampled_from(["", "x", 1, None, []])
+    for key in ("source", "system", "tools", "functions", "meta", "input", "label", "prompt", "kto_tag")
 }
 ROW = {
     "openai": {"messages": st.lists(OPENAI_TURN, max_size=4) | st.just([user("a"), answer("b"), user("c"), answer("d")])},
