@@ -10,12 +10,13 @@ Usage:
     python tests/bench/bench_sft_data.py --megabytes 200 --rounds 5 --json figures.json
     python tests/bench/bench_sft_data.py --peers none                                       # ours alone
     python tests/bench/bench_sft_data.py --llamafactory-python /envs/lf/bin/python --axolotl-python .venv/bin/python
-    python tests/bench/bench_sft_data.py --tokenizer data/out/demo/base-model               # and as the trainers load, with tokens
+    python tests/bench/bench_sft_data.py --tokenizer data/out/demo/base-model
 
 Rows are chats of two kinds, half English and half Chinese (seeded): `long`, four questions and answers, about 7 KB, as UltraChat
 and ShareGPT have them; `short`, two and 3 KB. Ours is timed as a whole process: start, reading, hashing, converting, fsync,
-manifest. Of a peer only its own loading counts, not its imports: `load_dataset` and the conversion of each row to its turns
-(LLaMA-Factory `_load_single_dataset`, Axolotl's chat_template strategy), caches empty; with --tokenizer also what it does next.
+manifest. Of a peer only its own loading counts, not its imports, with empty caches, in two lines: "turns", `load_dataset` and the
+conversion of each row to its turns (LLaMA-Factory `_load_single_dataset`, Axolotl's chat_template strategy), which is what ours
+does; and "tokens", the whole of its loading (LLaMA-Factory `get_dataset`, Axolotl `tokenize_prompt`), which ours leaves to it.
 The programs take turns in each round, and the table has the medians: the machine's noise falls on all of them.
 
 Reads   scripts/convert_sft_format.py beside it. Rows are made in a temporary folder.
@@ -53,7 +54,7 @@ CHINESE = "".join(map(chr, range(0x4E00, 0x4E00 + 3000))) + "，。！？：“�
 LLAMAFACTORY = """
 import json, os, sys, time
 from pathlib import Path
-form, folder, tokenizer = sys.argv[1:4]
+form, folder, tokenizer, step = sys.argv[1:5]
 from transformers import AutoTokenizer, Seq2SeqTrainingArguments
 from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
 from llamafactory.data.loader import _load_single_dataset
@@ -66,13 +67,13 @@ info = {
     "openai": {"formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": roles},
 }[form]
 Path(folder, "dataset_info.json").write_text(json.dumps({"rows": info | {"file_name": form + ".jsonl"}}))
-model = ModelArguments(model_name_or_path=tokenizer or "none")
+model = ModelArguments(model_name_or_path=tokenizer)
 data = DataArguments(dataset_dir=folder, dataset="rows", template="chatml", overwrite_cache=True, cutoff_len=4096)
 training = Seq2SeqTrainingArguments(output_dir=folder + "/none", report_to=[], do_train=True)
-kit = AutoTokenizer.from_pretrained(tokenizer) if tokenizer else None
-template = get_template_and_fix_tokenizer(kit, data) if tokenizer else None
+kit = AutoTokenizer.from_pretrained(tokenizer)
+template = get_template_and_fix_tokenizer(kit, data)
 begun, cpu = time.perf_counter(), time.process_time()
-if tokenizer:
+if step == "tokens":
     rows = get_dataset(template, model, data, training, stage="sft", tokenizer=kit)["train_dataset"]
 else:
     [attributes] = get_dataset_list(["rows"], folder)
@@ -80,15 +81,12 @@ else:
 """
 AXOLOTL = """
 import os, sys, time
-form, folder, tokenizer = sys.argv[1:4]
+form, folder, tokenizer, step = sys.argv[1:5]
 from datasets import load_dataset
 from axolotl.prompt_strategies.chat_template import load
 from axolotl.utils.dict import DictDefault
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from tokenizers import Tokenizer, models
-template = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
-bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), eos_token="<|im_end|>", chat_template=template)
-kit = AutoTokenizer.from_pretrained(tokenizer) if tokenizer else bare
+from transformers import AutoTokenizer
+kit = AutoTokenizer.from_pretrained(tokenizer)
 rules = {"type": "chat_template"}
 if form == "sharegpt":
     rules |= {"field_messages": "conversations", "message_property_mappings": {"role": "from", "content": "value"}}
@@ -96,8 +94,20 @@ rules = DictDefault({"train_on_inputs": False, "sequence_len": 4096, "chat_templ
 strategy = load(kit, rules[0], ds_cfg=rules[1])
 begun, cpu = time.perf_counter(), time.process_time()
 rows = load_dataset("json", data_files=f"{folder}/{form}.jsonl", split="train")
-work = strategy.tokenize_prompt if tokenizer else lambda row: {"turns": strategy.get_conversation_thread(row)}
+work = strategy.tokenize_prompt if step == "tokens" else lambda row: {"turns": strategy.get_conversation_thread(row)}
 rows = rows.map(work, remove_columns=rows.column_names)
+"""
+TOKENIZER = """
+import itertools, json, sys
+from tokenizers import ByteLevelBPETokenizer
+from transformers import PreTrainedTokenizerFast
+rows, folder = sys.argv[1:3]
+kit = ByteLevelBPETokenizer()
+texts = (turn["content"] for line in itertools.islice(open(rows), 400) for turn in json.loads(line)["messages"])
+kit.train_from_iterator(texts, vocab_size=16000, show_progress=False, special_tokens=["<|im_start|>", "<|im_end|>"])
+template = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+words = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "chat_template": template}
+PreTrainedTokenizerFast(tokenizer_object=kit._tokenizer, **words).save_pretrained(folder)
 """
 TAIL = """
 import json, resource
@@ -171,12 +181,14 @@ def time_ours(rows, form, target, folder):
     return {"seconds": seconds, "cpu": cpu, "rows": manifest["counts"]["kept"], "peak": manifest["peak_rss_bytes"], "version": ""}
 
 
-def time_peer(peer, python, rows, form, folder, tokenizer):
+def time_peer(peer, python, rows, form, folder, tokenizer, step):
     """Let a peer load the rows in a process of its own, with empty caches; return the figures of the loading alone."""
     cache = folder / "cache"
     quiet = {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1"}
     code = PEERS[peer][0] + TAIL.replace("NAME", peer)
-    done = subprocess.run([python, "-c", code, form, rows, tokenizer], capture_output=True, text=True, env=os.environ | quiet, cwd=folder)
+    done = subprocess.run(
+        [python, "-c", code, form, rows, tokenizer, step], capture_output=True, text=True, env=os.environ | quiet, cwd=folder
+    )
     shutil.rmtree(cache, ignore_errors=True)
     if done.returncode:
         sys.exit(f"bench_sft_data.py: {peer} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
@@ -192,7 +204,7 @@ def build_parser():
     parser.add_argument("--llamafactory-python", metavar="PATH", help="interpreter that has llamafactory")
     parser.add_argument("--axolotl-python", metavar="PATH", help="interpreter that has axolotl")
     parser.add_argument(
-        "--tokenizer", default="", metavar="DIR", help="time the peers' loading up to the tokens as well, with this tokenizer"
+        "--tokenizer", default="", metavar="DIR", help="tokenizer of the peers (default: a byte-level BPE trained on the rows)"
     )
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     return parser
@@ -204,21 +216,20 @@ def main():
     with tempfile.TemporaryDirectory(prefix="bench-sft-data-") as name:
         folder = Path(name)
         pythons = {peer: interpreter(peer, vars(args)[f"{peer}_python"], folder) for peer in args.peers if peer != "none"}
-        steps = ["", *([str(Path(args.tokenizer).resolve())] if args.tokenizer else [])]
         for kind in args.kinds:
             rows = folder / kind
             rows.mkdir()
             count = make_rows(rows, kind, args.megabytes)
+            tokenizer = str(Path(args.tokenizer).resolve() if args.tokenizer else folder / "tokenizer")
+            if pythons and not Path(tokenizer).exists():
+                subprocess.run([next(iter(pythons.values())), "-c", TOKENIZER, rows / "openai.jsonl", tokenizer], check=True)
             for form, target in DIRECTIONS:
                 size = (rows / f"{form}.jsonl").stat().st_size
                 runs = {"ours": lambda form=form, target=target, rows=rows: time_ours(rows, form, target, folder)}
                 for peer, python in pythons.items():
-                    for tokenizer in steps if form in PEERS[peer][1] else ():
-                        runs[f"{peer}{' with tokens' if tokenizer else ''}"] = (
-                            lambda peer=peer, python=python, form=form, rows=rows, tokenizer=tokenizer: time_peer(
-                                peer, python, rows, form, folder, tokenizer
-                            )
-                        )
+                    for step in ("turns", "tokens") if form == "openai" else ("turns",) if form in PEERS[peer][1] else ():
+                        given = (peer, python, rows, form, folder, tokenizer, step)
+                        runs[f"{peer} {step}"] = lambda given=given: time_peer(*given)
                 taken = {program: [] for program in runs}
                 for _ in range(args.rounds):
                     for program, run in runs.items():
