@@ -357,7 +357,7 @@ def test_any_conversation_in_any_format_there_and_back(module, row, form, target
     was, now = (json.loads(convert(module, line, form, "messages")[0]) for line in (here, back))
     ledger = {field for field, _, _ in [*lost, *more]}
     assert differences(was, now) <= ledger
-    assert back == here or ledger
+    assert json.loads(back) == json.loads(here) or ledger
     assert was["id"] == now["id"]
 
 
@@ -483,6 +483,9 @@ COLLIDING = [
     "kto_tag",
     "label",
     "rejected_response",
+    "chosen",
+    "rejected",
+    "messages",
 ]
 JSON_TEXTS = [
     '{"a": 1.50}',
@@ -926,6 +929,14 @@ def test_a_bad_pair_is_rejected(module, reason, row):
     with pytest.raises(module.Reject) as caught:
         convert(module, row, "messages", "trl")
     assert caught.value.reason == reason and caught.value.remedy
+
+
+def test_a_text_prompt_of_trl_is_a_user_turn_and_the_ledger_says_so(module):
+    line, _, lost = convert(module, {"prompt": "q", "chosen": "good", "rejected": "bad", "id": "p"}, "trl", "messages")
+    assert json.loads(line) == PAIR and lost == [("prompt", "q", "a text, written as a user turn")]
+    more = {"prompt": [*PLAIN, user("q")], "completion": [answer("a")]}
+    weights = [turn.get("weight") for turn in json.loads(convert(module, more, "trl", "messages")[0])["messages"]]
+    assert weights == [None, 0, None, None], "TRL trains on the completion only"
 
 
 def test_segments_of_axolotl(module):
