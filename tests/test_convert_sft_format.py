@@ -31,7 +31,7 @@ def module(load_script):
 
 
 def rows(path):
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in Path(path).read_bytes().splitlines()]
 
 
 def user(text, **more):
