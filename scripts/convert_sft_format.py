@@ -1418,7 +1418,7 @@ def explain_record(args, plan):
     path, form, names, line, raw = found
     made, fault = [], None
     try:
-        made = convert(raw, form, args.to, path.name, names, args.pairs)
+        made = convert(raw, form, args.to, "stdin" if str(path) == "-" else path.name, names, args.pairs)
     except Reject as error:
         fault = error
     explain(raw, made, fault, f"{path} line {line}: {form} -> {args.to}")
