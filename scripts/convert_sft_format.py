@@ -1022,7 +1022,10 @@ def quick(raw, row, form, target, source):
     if not found:
         return None
     talk, extra = found
-    body = orjson.dumps(talk["messages"])
+    turns = talk["messages"]
+    if target == "sharegpt":
+        turns = [{"from": SHAREGPT[message["role"]], "value": message["content"]} for message in turns]
+    body = orjson.dumps(turns)
     if b"<" in body and MARK.search(body):
         return None
     if raw:  # a key that comes twice shows in the number of quotation marks, as in `parse`
@@ -1030,13 +1033,10 @@ def quick(raw, row, form, target, source):
         marks = orjson.dumps(rest).count(b'"') + (form != "alpaca" and body.count(b'"') + 2)
         if marks != raw.count(b'"') or ESCAPED_QUOTE.search(raw):
             return None
-    talk = identified(talk, source, body)
-    rest = {key: value for key, value in talk.items() if key != "messages"}
-    if target == "sharegpt":
-        turns = [{"from": SHAREGPT[message["role"]], "value": message["content"]} for message in talk["messages"]]
-        line = orjson.dumps({"conversations": turns} | rest, option=orjson.OPT_APPEND_NEWLINE)
-    elif target in PARTS:
-        line = b'{"messages":' + body + b"," + orjson.dumps(rest, option=orjson.OPT_APPEND_NEWLINE)[1:]
+    talk = identified(talk, source, None if target == "sharegpt" else body)
+    if target in PARTS or target == "sharegpt":
+        rest = orjson.dumps({key: value for key, value in talk.items() if key != "messages"}, option=orjson.OPT_APPEND_NEWLINE)
+        line = (b'{"conversations":' if target == "sharegpt" else b'{"messages":') + body + b"," + rest[1:]
     else:
         line = orjson.dumps(write(talk, target), option=orjson.OPT_APPEND_NEWLINE)
     asked = len(talk["messages"]) - 2
