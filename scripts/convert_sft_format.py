@@ -96,6 +96,7 @@ OPTIONAL = {"name", "refusal", "function_call", "tool_calls", "tool_call_id", "w
 NESTED = {"messages", "conversations", "conversation", "history", "tools", "functions", "segments"}  # tables hold these as JSON texts
 NESTED |= {"preferred_output", "non_preferred_output"}
 SCALARS, NAMED = {str, int, bool}, ("id", "source")
+ABSENT = (None, "", [])  # of an optional field; 0, false and {} are values, and are not dropped
 IN_TURN = ("user", "assistant") * 500
 AFTER_SYSTEM = ("system", *IN_TURN)
 BARE = {"role", "content", "tool_calls", "weight"}  # keys of a message that is a call and nothing else
@@ -121,7 +122,7 @@ REMEDIES = {
     "lone surrogate": "half of a character was cut off: mend the text",
     "duplicate key": "keep one of the two",
     "number beyond 64 bits": "write it as a string",
-    "value without a JSON form": "mend it: text must be UTF-8, a value JSON",
+    "value without a JSON form": "text must be UTF-8; write dates, decimals and bytes as texts, or leave the column out",
     "nested too deeply": "flatten the record",
     "record is not an object": "write one JSON object a record",
     "more cells than columns": "quote the cell that holds a comma",
@@ -354,7 +355,8 @@ def rename(row, names):
 
     def turn(item):
         item = keyed(item) if isinstance(item, dict) else item
-        words = {key: names[item[key]] for key in ("role", "from") if isinstance(item, dict) and item.get(key) in names}
+        spoken = {key: item[key] for key in ("role", "from") if isinstance(item, dict) and isinstance(item.get(key), str)}
+        words = {key: names[word] for key, word in spoken.items() if word in names}
         return item | words if words else item
 
     if not isinstance(row, dict):
@@ -489,6 +491,12 @@ def pair(row, chosen="chosen", rejected="rejected"):
     return found
 
 
+def given(row, key, default=None):
+    """Take an optional field out of a row."""
+    value = row.pop(key, None)
+    return default if value in ABSENT else value
+
+
 def read_messages(row, _):
     """Take the turns out of a row of the contract, or of OpenAI's chat."""
     return {"messages": row.pop("messages", None)} | pair(row)
@@ -509,7 +517,7 @@ def read_openai(row, notes):
 
 def read_alpaca(row, _):
     """Take the turns out of an Alpaca row: history first; the input follows the instruction on a new line."""
-    texts, history = [row.pop(key, None) or "" for key in ("instruction", "input", "output")], row.pop("history", None) or []
+    texts, history = [given(row, key, "") for key in ("instruction", "input", "output")], given(row, "history", [])
     pairs = isinstance(history, list) and all(isinstance(item, list) and len(item) == 2 for item in history)
     if not pairs or not all(isinstance(text, str) for text in texts):
         raise Reject("content is not text", "instruction, input, output, or history: [[question, answer], …]")
@@ -531,7 +539,7 @@ def read_sharegpt(row, _):
     flat = []
     for turn in turns:
         rest = {key: value for key, value in turn.items() if key not in ("system", "human", "assistant")}
-        flat += [{"role": "system", "content": turn["system"]}] if turn.get("system") else []
+        flat += [{"role": "system", "content": turn["system"]}] if turn.get("system") not in ABSENT else []
         flat += [{"role": "user", "content": turn.get("human")}, {"role": "assistant", "content": turn.get("assistant")} | rest]
     return {"messages": flat} | pair(row)
 
@@ -588,16 +596,16 @@ def read_segments(row, notes):
 def read_trl(row, notes):
     """Take the turns out of a TRL row: messages; prompt and completion; or prompt, chosen and rejected, each a text or turns."""
     prompt, done, two = row.pop("prompt", None), answers(row.pop("completion", None)), pair(row)
-    if two and done:
+    if two and done not in (None, []):
         raise Reject("completion beside chosen and rejected")
-    if not two and not done:
-        row |= {"prompt": prompt} if prompt else {}
+    if not two and done in (None, []):
+        row |= {"prompt": prompt} if prompt not in ABSENT else {}
         return {"messages": row.pop("messages", None)}
-    if not all(isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns) for turns in (done or [], *two.values())):
+    if not all(isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns) for turns in two.values() or [done]):
         raise Reject("turn is not an object")
     if two and two["chosen"][0].get("role") != "assistant":  # whole conversations: what both begin with is the prompt
         same = [a for a, b in itertools.takewhile(lambda both: both[0] == both[1], zip(two["chosen"], two["rejected"], strict=False))]
-        if prompt and prompt not in (same, [same and same[0].get("content")][0]):
+        if prompt not in (*ABSENT, same, [same and same[0].get("content")][0]):
             notes.append(("prompt", prompt, "chosen and rejected begin with another one"))
         return {"messages": same} | {key: turns[len(same) :] for key, turns in two.items()}
     if isinstance(prompt, str):
@@ -617,11 +625,14 @@ def read_trl(row, notes):
 
 def unpack(row, form):
     """Return a table's row with its JSON texts as values: turns, tools, and labels, which a table may hold as texts."""
-    for key in ("chosen", "rejected", "prompt", "completion", "rejected_response", "input"):
+    for key in {"chosen", "rejected", "prompt", "completion", "rejected_response", *(("input",) if form == "openai" else ())} & OWN[form]:
         text = row.get(key)
-        if key in OWN[form] and isinstance(text, str) and text.startswith(('{"', '[{"')):
+        if isinstance(text, str) and text.startswith(('{"', '[{"')):
             with contextlib.suppress(Reject):
-                row |= {key: parse(text)}
+                value = parse(text)
+                turns = value if isinstance(value, list) else [value]
+                if all(isinstance(turn, dict) and turn.keys() & {"role", "from", "messages"} for turn in turns):  # or it is a text in JSON
+                    row = row | {key: value}
     words = {"true": True, "false": False}
     return row | {key: words[str(row[key]).lower()] for key in ("label", "kto_tag") if str(row.get(key)).lower() in words}
 
@@ -632,8 +643,8 @@ def read(row, form):
         raise Reject("record is not an object" if None not in row else "more cells than columns")
     row, notes = row | {key: nested(row[key]) for key in NESTED & (OWN[form] | {"tools"}) & row.keys()}, []
     lists = READERS[form](row, notes)
-    system, tools = row.pop("system", None) if "system" in OWN[form] else None, row.pop("tools", None) or []
-    functions = (row.pop("functions", None) or []) if form in OPENAI else []
+    system, tools = given(row, "system") if "system" in OWN[form] else None, given(row, "tools", [])
+    functions = given(row, "functions", []) if form in OPENAI else []
     if not isinstance(tools, list) or not isinstance(functions, list):
         raise Reject("tools are not a list")
     notes += [("functions", functions, "deprecated, written as tools")] if functions else []
@@ -641,7 +652,7 @@ def read(row, form):
         if not isinstance(turns, list) or not turns:
             raise Reject("no turns", name if len(lists) > 1 else "")
         lists[name] = read_turns(turns, form, name, notes)
-    if system:
+    if system is not None:
         if not isinstance(system, str) or lists["messages"][0]["role"] == "system":
             raise Reject("two system prompts" if isinstance(system, str) else "content is not text", "system")
         lists["messages"].insert(0, {"role": "system", "content": system})
@@ -685,7 +696,8 @@ def number_calls(messages):
         for call, number in zip(message.get("tool_calls", ()), numbers, strict=False):
             call["id"] = call["id"] or f"call_{number}"
         if message["role"] == "tool":
-            message["tool_call_id"] = message.get("tool_call_id") or (waiting[0] if waiting else None)
+            named = message.get("tool_call_id")
+            message["tool_call_id"] = named if named not in ABSENT else waiting[0] if waiting else None
         waiting = [call for call in waiting if call != message.get("tool_call_id")] + [call["id"] for call in message.get("tool_calls", ())]
 
 
@@ -765,13 +777,14 @@ def plain(row, form, target):
                 return None
         elif form == "alpaca":
             used = {"instruction", "input", "output", "system", "history"}
-            asked, extra, history = row["instruction"], row.get("input") or "", row.get("history") or ()
+            asked, extra, history = row["instruction"], row.get("input"), row.get("history")
+            extra, history = "" if extra is None else extra, () if history is None else history
             if type(asked) is not str or type(extra) is not str or (extra and target == form):
                 return None
             if type(history) not in (list, tuple) or any(type(item) is not list or len(item) != 2 for item in history):
                 return None
             texts = [*itertools.chain.from_iterable(history), f"{asked}\n{extra}" if asked and extra else asked or extra, row["output"]]
-            messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+            messages = [{"role": "system", "content": row["system"]}] if row.get("system") not in (None, "") else []
             messages += [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
         else:
             return None
@@ -1079,6 +1092,8 @@ def convert(raw, form, target, source, names=None, pairs="keep"):
     except RecursionError:
         raise Reject("nested too deeply") from None
     except orjson.JSONEncodeError as error:
+        if "Recursion limit" in str(error):
+            raise Reject("nested too deeply") from None
         raise Reject("value without a JSON form", str(error)) from None
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # one odd row must not end a run of hours
         raise Reject(UNFORESEEN, f"{type(error).__name__}: {error}") from None
@@ -1094,6 +1109,28 @@ class Hashed(io.FileIO):
     def readinto(self, buffer):
         count = super().readinto(buffer)
         self.sha.update(memoryview(buffer)[:count])
+        return count
+
+
+class Unzstd(io.RawIOBase):
+    """The unpacked bytes of zstd frames; unlike zstandard's own reader it tells when the file was cut off in a frame."""
+
+    def __init__(self, file):
+        self.file, self.frame, self.inside, self.text = file, zstandard.ZstdDecompressor().decompressobj(), False, b""
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        while not self.text and (piece := self.frame.unused_data or self.file.read(1 << 12)):  # small: a piece may unpack to very much
+            if self.frame.eof:
+                self.frame = zstandard.ZstdDecompressor().decompressobj()
+            self.text = memoryview(self.frame.decompress(piece))
+            self.inside = not self.frame.eof
+        if not self.text and self.inside:
+            raise EOFError("compressed file ended before the end of its last frame")
+        count = min(len(buffer), len(self.text))
+        buffer[:count], self.text = self.text[:count], self.text[count:]
         return count
 
 
@@ -1127,7 +1164,7 @@ def open_input(path, digests):
         if path.suffix == ".gz":
             file = io.BufferedReader(gzip.GzipFile(fileobj=packed), 1 << 18)
         elif path.suffix == ".zst":
-            file = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True), 1 << 18)
+            file = io.BufferedReader(Unzstd(packed), 1 << 18)
         yield file
         while packed.read(1 << 20):
             pass
@@ -1138,7 +1175,7 @@ def array_items(file):
     """Yield (line, JSON bytes) of each element of an array; one element and a piece of the file are in memory."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
     text, at, line, ended, due = "", 0, 1, False, "["
-    while due:
+    while True:
         start = SPACE.match(text, at).end()
         line, at, end = line + text.count("\n", at, start), start, start
         try:
@@ -1147,6 +1184,8 @@ def array_items(file):
             if end == len(text):
                 raise json.JSONDecodeError("it ends early", text, at)
         except json.JSONDecodeError as error:
+            if ended and due == "end":
+                return
             if ended or (error.pos < len(text) - 64 and not error.msg.startswith("Unterminated")):
                 raise ValueError(f"line {line}: {error.msg}; one object a line would let the other records pass") from None
             piece = file.read(max(1 << 20, 2 * (len(text) - at)))
@@ -1155,8 +1194,10 @@ def array_items(file):
         if end > at:
             yield line, text[at:end].encode("utf-8", "surrogateescape")
             line, at, due = line + text.count("\n", at, end), end, ","
-        elif text[at] in (due, "]") or (due == "value" and text[at] == "]"):
-            at, due = at + 1, "" if text[at] == "]" else "value"
+        elif due == "end":
+            raise ValueError(f"line {line}: {text[at]!r} after the end of the array; write one array, or one object a line")
+        elif text[at] in (due, "]"):
+            at, due = at + 1, "end" if text[at] == "]" else "value"
         else:
             raise ValueError(f"line {line}: {text[at]!r} where a comma or ] is due")
 
@@ -1179,6 +1220,10 @@ def table_items(path, file):
 
     absent = (None, "") if file else (None,)
 
+    def once(columns):
+        if twice := [name for name, count in Counter(columns).items() if count > 1]:
+            raise ValueError(f"two columns are named {twice[0]!r}")
+
     def prune(value):
         if isinstance(value, dict):
             return {key: prune(item) for key, item in value.items() if item not in absent}
@@ -1188,6 +1233,7 @@ def table_items(path, file):
         csv.field_size_limit(1 << 30)
         text, line = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline=""), 2
         table = csv.DictReader(text)
+        once(table.fieldnames or [])
         for row in table:
             yield line, prune(row)
             line = table.line_num + 1
@@ -1196,6 +1242,7 @@ def table_items(path, file):
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as table:
+        once(table.schema_arrow.names)
         batches = table.iter_batches(batch_size=256)
         yield from enumerate((prune(row) for batch in batches for row in batch.to_pylist()), 1)
 
@@ -1221,6 +1268,8 @@ def records(path, digests):
             else:
                 file.read(len(codecs.BOM_UTF8) * first.startswith(codecs.BOM_UTF8))
                 yield from (item for item in enumerate(file, 1) if not item[1].isspace())
+    except RecursionError:
+        raise SystemExit(f"convert_sft_format.py: {path}: a record is nested too deeply; flatten it, or write one object a line") from None
     except (ValueError, EOFError, csv.Error, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
         raise SystemExit(f"convert_sft_format.py: {path}: {error}; mend the file or leave it out") from None
 
@@ -1246,7 +1295,7 @@ def sniff(path, head, names):
     """Return (format, names) that the first records agree on, and say so on stderr; exit 3 when they do not."""
     votes, rows = Counter(), []
     for _, raw in head:
-        with contextlib.suppress(Reject):
+        with contextlib.suppress(Reject, RecursionError):
             rows.append(rename(loads(raw) if isinstance(raw, bytes) else raw, names))
             found = shapes(rows[-1])
             votes.update([(found[0][0], tuple(found[0][1].items()))] if len(found) == 1 else ())
@@ -1291,7 +1340,7 @@ def explain(raw, made, fault, title):
 
     def lines(value, width):
         """Cut JSON, or text, into lines of at most `width` columns; a Chinese character takes two."""
-        for line in (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=2)).splitlines():
+        for line in (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=2, default=str)).splitlines():
             cut, used = "", 0
             for letter in line:
                 size = 1 + (unicodedata.east_asian_width(letter) in "WF")
@@ -1346,6 +1395,8 @@ def main():
     for field, name in given.items():
         if not name or field not in NAMES:
             parser.error(f"--map {field}={name}: write FIELD=NAME, FIELD one of {', '.join(sorted(NAMES))}")
+    if len({*given.values()}) < len(args.map):
+        parser.error("--map: a field or a NAME stands twice; give each field a NAME of its own")
     if not args.output and args.explain is None:
         parser.error("the following arguments are required: --output (or --explain N)")
     for path in find_inputs(args.input):
