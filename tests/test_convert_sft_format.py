@@ -1192,3 +1192,70 @@ def test_the_committed_sample(run_script, tmp_path):
         assert bool(cited) != absent
         chinese = [any("\u4e00" <= letter <= "\u9fff" for letter in text) for text in (asked, row["messages"][2]["content"])]
         assert chinese[0] == chinese[1], row["id"]
+
+
+PAIR = b'{"messages":[{"role":"user","content":"q"},{"role":"assistant","content":"a"}]}'
+FAULTY_FILES = {
+    "two arrays.json": (b"[" + PAIR + b"]\n[" + PAIR + b"]\n", "line 2: '[' after the end of the array"),
+    "an array a line.jsonl": (b'[{"instruction":"q","output":"a"}]\n{"instruction":"q","output":"b"}\n', "line 2: '{' after the end"),
+    "deep.json": (b"[" + PAIR[:-1] + b',"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}]", "nested too deeply"),
+    "cut.jsonl.zst": (zstandard.compress(b"\n".join([PAIR] * 20_000))[:-40], "ended before the end of its last frame"),
+    "twice.csv": (b"instruction,output,output\nq,a,b\n", "two columns are named 'output'"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTY_FILES)
+def test_a_file_that_is_not_whole_fails_in_one_sentence(run_script, tmp_path, name):
+    content, words = FAULTY_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    done = run_script(SCRIPT, "--input", tmp_path / name, "--output", tmp_path / "out")
+    assert done.returncode == 1
+    assert words in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "data.jsonl").exists()
+
+
+@pytest.mark.parametrize("value", [0, False, {}])
+@pytest.mark.parametrize("target", FORMATS)
+def test_a_value_that_is_only_false_is_not_taken_for_absent(module, value, target):
+    alpaca = {"instruction": "q", "input": "i", "output": "a"}
+    shapes = [("alpaca", alpaca | {key: value}) for key in ("instruction", "input", "output", "system", "history", "tools")]
+    shapes += [("openai", {"messages": PLAIN, key: value}) for key in ("system", "tools", "functions")]
+    shapes += [("trl", {"messages": PLAIN, "completion": value})]
+    shapes += [("sharegpt", {"conversation": [{"system": value, "human": "q", "assistant": "a"}]})]
+    for form, row in shapes:
+        with pytest.raises(module.Reject) as caught:
+            module.convert(json.dumps(row).encode(), form, target, "f")
+        assert caught.value.remedy and caught.value.reason != module.UNFORESEEN
+
+
+def test_a_text_of_a_table_that_is_json_stays_a_text(module):
+    row = {"instruction": "q", "input": '{"a": 1}', "output": "a"}
+    assert json.loads(module.convert(row, "alpaca", "alpaca", "f")[0][0])["input"] == '{"a": 1}'
+    made = module.convert({"prompt": "q", "chosen": '{"a": 1}', "rejected": '[{"b": 2}]'}, "trl", "messages", "f")
+    assert [made[0][1][key][0]["content"] for key in ("chosen", "rejected")] == ['{"a": 1}', '[{"b": 2}]']
+
+
+def test_odd_rows_end_in_no_traceback_before_the_first_is_converted(run_script, tmp_path):
+    deep = b'{"messages":' + b"[" * 1015 + b"]" * 1015 + b"}"
+    (tmp_path / "odd.jsonl").write_bytes(b"\n".join([b'{"messages":[{"role":["user"]}]}', deep, *[PAIR] * 9]))
+    done = run_script(SCRIPT, "--input", tmp_path / "odd.jsonl", "--map", "user=human", "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert [row["reason"] for row in rows(tmp_path / "out" / "rejected.jsonl")] == [
+        "unknown role (messages[0]: ['user'])",
+        "nested too deeply",
+    ]
+    twice = run_script(SCRIPT, "--input", tmp_path / "odd.jsonl", "--map", "user=human", "assistant=human", "--output", tmp_path / "no")
+    assert twice.returncode == 2 and "stands twice" in twice.stderr
+
+
+def test_a_date_is_explained(run_script, tmp_path):
+    import datetime
+
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {"instruction": ["q"], "output": ["a"], "at": [datetime.datetime(2024, 1, 1)]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "dates.parquet")
+    done = run_script(SCRIPT, "--input", tmp_path / "dates.parquet", "--explain", "1")
+    assert done.returncode == 0, done.stderr
+    assert "2024-01-01" in done.stdout and "value without a JSON form (datetime)" in done.stdout
