@@ -118,8 +118,8 @@ SPACE, SCAN = re.compile(r"\s*"), json.JSONDecoder().raw_decode
 UNFORESEEN = "a shape that this program does not foresee"
 REMEDIES = {
     UNFORESEEN: "report the row: it shows a fault of the program",
-    "not JSON": "mend the line: strict JSON in UTF-8",
-    "lone surrogate": "half of a character was cut off: mend the text",
+    "not JSON": "mend the line: one object of strict JSON a line, in UTF-8",
+    "lone surrogate": "half of a character was cut off, or the file is not UTF-8 (iconv -f GB18030 -t UTF-8): mend the text",
     "duplicate key": "keep one of the two",
     "number beyond 64 bits": "write it as a string",
     "value without a JSON form": "text must be UTF-8; write dates, decimals and bytes as texts, or leave the column out",
@@ -146,7 +146,7 @@ REMEDIES = {
     "tool call without its result": "add the tool turn, or remove the call",
     "two tool calls with one id": "give each call its own id",
     "tools are not a list": "write a list of tools",
-    "text outside of a turn": "a turn is <|im_start|>role, a line break, text, <|im_end|>",
+    "text outside of a turn": "a turn is <|im_start|>role, a line break, text, <|im_end|>; <|endoftext|> has a line of its own",
     "segments without ChatML turns": "only ChatML text tells where its turns are: give these rows to Axolotl as they are",
     "an answer is trained in part": "let one segment hold the answer with its <|im_end|>",
     "a pair lacks an answer": "add it, or remove the other one",
@@ -1023,7 +1023,8 @@ def recast(talk, pairs):
     two = [rest | {"messages": thread} for thread in threads(talk)]
     if pairs == "chosen":
         return [(two[0], [("rejected", talk["rejected"], "--pairs chosen keeps one answer")])]
-    return [(one | {"id": f"{talk['id']}-{key}", "label": key == "chosen"}, []) for key, one in zip(ANSWERS, two, strict=True)]
+    lost = [("label", talk["label"], "--pairs label writes its own")] if "label" in talk else []
+    return [(one | {"id": f"{talk['id']}-{key}", "label": key == "chosen"}, lost) for key, one in zip(ANSWERS, two, strict=True)]
 
 
 def quick(raw, row, form, target, source):
@@ -1303,7 +1304,11 @@ def sniff(path, head, names):
         votes = Counter({(max(form for form, _ in votes), ()): votes.total()}) if votes else votes
     (form, mapped), count = (votes.most_common(1) or [(("", ()), 0)])[0]
     if not count or count < 0.75 * len(rows):
-        seen = f"the first has {', '.join(map(repr, [*rows[0]][:9]))}" if rows and isinstance(rows[0], dict) else "none is a JSON object"
+        seen = (
+            f"the first has {', '.join(map(repr, [*rows[0]][:9]))}"
+            if rows and isinstance(rows[0], dict)
+            else "none is a JSON object on a line of its own"
+        )
         seen_as = ", ".join(f"{n} look like {name}" for (name, _), n in votes.most_common()) or "none is known"
         print(
             f"convert_sft_format.py: {path}: of its first {len(head)} records {seen_as}, {seen}; name the format with --from, "
@@ -1395,6 +1400,8 @@ def main():
     for field, name in given.items():
         if not name or field not in NAMES:
             parser.error(f"--map {field}={name}: write FIELD=NAME, FIELD one of {', '.join(sorted(NAMES))}")
+    if (args.limit or 0) < 0 or (args.explain is not None and args.explain < 1):
+        parser.error("--limit N is 0 or more, --explain N is 1 or more")
     if len({*given.values()}) < len(args.map):
         parser.error("--map: a field or a NAME stands twice; give each field a NAME of its own")
     if not args.output and args.explain is None:

@@ -1194,12 +1194,12 @@ def test_the_committed_sample(run_script, tmp_path):
         assert chinese[0] == chinese[1], row["id"]
 
 
-PAIR = b'{"messages":[{"role":"user","content":"q"},{"role":"assistant","content":"a"}]}'
+WHOLE = b'{"messages":[{"role":"user","content":"q"},{"role":"assistant","content":"a"}]}'
 FAULTY_FILES = {
-    "two arrays.json": (b"[" + PAIR + b"]\n[" + PAIR + b"]\n", "line 2: '[' after the end of the array"),
+    "two arrays.json": (b"[" + WHOLE + b"]\n[" + WHOLE + b"]\n", "line 2: '[' after the end of the array"),
     "an array a line.jsonl": (b'[{"instruction":"q","output":"a"}]\n{"instruction":"q","output":"b"}\n', "line 2: '{' after the end"),
-    "deep.json": (b"[" + PAIR[:-1] + b',"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}]", "nested too deeply"),
-    "cut.jsonl.zst": (zstandard.compress(b"\n".join([PAIR] * 20_000))[:-40], "ended before the end of its last frame"),
+    "deep.json": (b"[" + WHOLE[:-1] + b',"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}]", "nested too deeply"),
+    "cut.jsonl.zst": (zstandard.compress(b"\n".join([WHOLE] * 20_000))[:-40], "ended before the end of its last frame"),
     "twice.csv": (b"instruction,output,output\nq,a,b\n", "two columns are named 'output'"),
 }
 
@@ -1237,7 +1237,7 @@ def test_a_text_of_a_table_that_is_json_stays_a_text(module):
 
 def test_odd_rows_end_in_no_traceback_before_the_first_is_converted(run_script, tmp_path):
     deep = b'{"messages":' + b"[" * 1015 + b"]" * 1015 + b"}"
-    (tmp_path / "odd.jsonl").write_bytes(b"\n".join([b'{"messages":[{"role":["user"]}]}', deep, *[PAIR] * 9]))
+    (tmp_path / "odd.jsonl").write_bytes(b"\n".join([b'{"messages":[{"role":["user"]}]}', deep, *[WHOLE] * 9]))
     done = run_script(SCRIPT, "--input", tmp_path / "odd.jsonl", "--map", "user=human", "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert [row["reason"] for row in rows(tmp_path / "out" / "rejected.jsonl")] == [
@@ -1259,3 +1259,15 @@ def test_a_date_is_explained(run_script, tmp_path):
     done = run_script(SCRIPT, "--input", tmp_path / "dates.parquet", "--explain", "1")
     assert done.returncode == 0, done.stderr
     assert "2024-01-01" in done.stdout and "value without a JSON form (datetime)" in done.stdout
+
+
+def test_a_label_that_pairs_overwrites_is_in_the_ledger(module):
+    row = {"messages": [user("q")], "chosen": "a", "rejected": "b", "label": "sure"}
+    made = module.convert(json.dumps(row).encode(), "messages", "messages", "f", pairs="label")
+    assert [entries for _, _, entries in made] == [[("label", "sure", "--pairs label writes its own")]] * 2
+
+
+@pytest.mark.parametrize("words", [("--limit", "-1"), ("--explain", "0")])
+def test_a_count_below_the_first_record_is_bad_usage(run_script, tmp_path, words):
+    done = run_script(SCRIPT, "--input", SAMPLE, "--output", tmp_path / "out", *words)
+    assert done.returncode == 2 and "--explain N is 1 or more" in done.stderr
