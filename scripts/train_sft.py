@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "accelerate>=1.10", "axolotl==0.19.0", "datasets>=4", "deepspeed>=0.18",
+#     "accelerate>=1.10", "axolotl==0.19.0", "datasets>=4", "deepspeed>=0.18", "matplotlib>=3.9", "numpy>=1.26", "peft>=0.18",
 #     "pyyaml>=6", "torch>=2.6", "tqdm>=4.66", "transformers>=5,<6",
 # ]
 # ///
@@ -11,18 +11,25 @@
 Usage:
     python scripts/train_sft.py --config recipes/demo/sft.yaml --model data/out/demo/base-model \\
         --data data/out/demo/sft-data --output data/out/demo/sft
-    make sft RECIPE=demo
+    make sft GPUS=6,7 RECIPE=qwen3-8b-lora
+    python scripts/train_sft.py --config … --nnodes 2 --node-rank 0 --rdzv-endpoint gpu01:29500    # on each node, or by srun without them
 
 --config is a native Axolotl file (`axolotl config-schema` lists its keys). What this script decides is left out of it: data, folders,
 masking (only the assistant's turns and their end token are trained), resuming, and what happens to conversations over `sequence_len`:
 the run is refused and they are named, unless the recipe says `excess_length_strategy: drop`. A `deepspeed:` path is relative to the recipe.
+With `rl: dpo` a row of DATA is {"prompt" or "messages": context, "chosen", "rejected"}, each a list of messages, one message or a text.
+
+The memory that each GPU will need is computed first, and a run that cannot fit is refused. One process runs for each visible GPU. A model
+named by its hub name is downloaded; after that nothing asks the network for anything, unless HF_HUB_OFFLINE=0 allows it.
 
 Reads   MODEL (Hugging Face folder or name) and DATA (data*.jsonl of {"messages": [...], "tools"?, "id"?}).
-Writes  OUTPUT: the merged model as vLLM and transformers load it; certificate.json, metrics.jsonl, rejected.jsonl; axolotl/ (the resolved
-        recipe, adapter, checkpoints, log); then OUTPUT/manifest.json, last.
+Writes  OUTPUT: the merged model as vLLM and transformers load it; certificate.json, metrics.jsonl, loss.png, rejected.jsonl; axolotl/ (the
+        resolved recipe, adapter, checkpoints, and axolotl.log with every word of the libraries); then OUTPUT/manifest.json, last.
         A killed run goes on from its newest whole checkpoint when the same command is given again.
-Exit    0 done or up to date; 1 failed, also when the certificate does not hold; 2 bad usage; 3 refused, OUTPUT holds another run.
-Needs   the GPUs that the recipe asks for, or a CPU (bf16, fp16 and tf32 false, `attn_implementation: sdpa`); no network for a local MODEL.
+Exit    0 done or up to date; 1 failed, also when memory is short or the certificate does not hold; 2 bad usage; 3 refused, OUTPUT holds
+        another run.
+Needs   the GPUs that the recipe asks for, or a CPU (bf16, fp16 and tf32 false, `attn_implementation: sdpa`); several nodes share OUTPUT.
+        With vLLM beside it, the certificate also covers the server's tokens.
 """
 
 import argparse
@@ -30,6 +37,7 @@ import contextlib
 import copy
 import ctypes
 import hashlib
+import http.client
 import importlib.metadata
 import itertools
 import json
@@ -40,15 +48,22 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import typing
 from pathlib import Path
 
-OURS = ("datasets", "test_datasets", "output_dir", "dataset_prepared_path", "resume_from_checkpoint", "rl")
-CERTIFIED = 50  # conversations whose token ids the certificate keeps, for comparison with a server's tokenize endpoint
+OURS = ("datasets", "test_datasets", "output_dir", "dataset_prepared_path", "resume_from_checkpoint")
+CERTIFIED = 50  # conversations whose token ids the certificate keeps, and that the server's tokenize endpoint has to give
 MASKED = -100
+EVENT = "train_sft: "  # begins a line of the trainer's output that is meant for this script
+CONTEXT = {"gpu": 3 << 29, "cpu": 9 << 27}  # bytes of a process beside its tensors: CUDA context, cuBLAS, NCCL (an allowance); imports
+# Dense bf16 FLOP/s without sparsity, from NVIDIA's data sheets
+PEAK = {"B200": 2250e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "H800": 989e12, "H20": 148e12}
+PEAK |= {"A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L20": 119e12, "A40": 150e12, "4090": 165e12, "A10": 125e12}
 
 
 # >>> snippet: stage_run
@@ -183,6 +198,59 @@ def fail(message):
     raise SystemExit(f"train_sft: {message}")
 
 
+class Quiet:
+    """`with quiet:` keeps what libraries print, from Python or C, away from the user and for a log; say() goes through."""
+
+    def __init__(self):
+        self.words, self.terminal = tempfile.TemporaryFile(), sys.stderr
+
+    def __enter__(self):
+        self.flush()
+        self.kept = [os.dup(1), os.dup(2)]
+        self.terminal = open(self.kept[1], "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+        for fd in (1, 2):
+            os.dup2(self.words.fileno(), fd)
+
+    def __exit__(self, *_):
+        self.flush()
+        self.terminal.flush()
+        for fd, kept in zip((1, 2), self.kept, strict=True):
+            os.dup2(kept, fd)
+            os.close(kept)
+        self.terminal = sys.stderr
+
+    def flush(self):
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+    def say(self, sentence):
+        print(f"sft: {sentence}", file=self.terminal, flush=True)
+
+    def save(self, log):
+        """Move the words kept so far to the end of a file."""
+        self.words.seek(0)
+        with open(log, "ab") as file:
+            shutil.copyfileobj(self.words, file)
+        self.words.seek(0)
+        self.words.truncate()
+
+
+QUIET = Quiet()
+
+
+def read_yaml(path):
+    """Return the keys of a recipe; ValueError when it has none."""
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"not an Axolotl recipe: {' '.join(str(error).split())}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError("not an Axolotl recipe: no `key: value` lines")
+    return recipe
+
+
 def unknown_keys(value, schema, at=""):
     """Return the dotted keys of `value` that Axolotl's pydantic `schema` does not know: it accepts them without a word and does nothing."""
     fields, found = dict(schema.model_fields), []
@@ -199,27 +267,26 @@ def unknown_keys(value, schema, at=""):
 
 def read_recipe(path):
     """Return (the Axolotl recipe as a dict, its DeepSpeed JSON read in; Axolotl's pydantic schema). ValueError when it would do harm."""
-    import yaml
     from axolotl.integrations.base import PluginManager
     from axolotl.integrations.config import merge_input_args
 
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        if not isinstance(recipe, dict):
-            raise ValueError("no `key: value` lines")
-        if isinstance(recipe.get("deepspeed"), str):
+    recipe = read_yaml(path)
+    if isinstance(recipe.get("deepspeed"), str):
+        try:
             recipe["deepspeed"] = json.loads((path.parent / recipe["deepspeed"]).read_text(encoding="utf-8"))
-        for plugin in recipe.get("plugins") or []:
-            PluginManager.get_instance().register(plugin)
-            if plugin not in PluginManager.get_instance().plugins:
-                raise ValueError(f"the plugin {plugin!r} cannot be imported; install it, or take it out")
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"not an Axolotl recipe: {' '.join(str(error).split())}") from error
+        except (OSError, ValueError) as error:
+            raise ValueError(f"deepspeed: {error}") from error
+    for plugin in recipe.get("plugins") or []:
+        PluginManager.get_instance().register(plugin)
+        if plugin not in PluginManager.get_instance().plugins:
+            raise ValueError(f"the plugin {plugin!r} cannot be imported; install it, or take it out")
     schema = merge_input_args()[1]
     if unknown := unknown_keys(recipe, schema):
         raise ValueError(f"Axolotl knows no key {unknown[0]!r} and would ignore it; `axolotl config-schema` lists the keys")
     if ours := sorted(set(recipe) & set(OURS)):
         raise ValueError(f"{ours[0]} is set by this script, from --data and --output; take it out")
+    if recipe.get("rl") not in (None, "dpo"):
+        raise ValueError(f"rl: {recipe['rl']} is not done here; say dpo, or use Axolotl itself")
     if recipe.get("excess_length_strategy") not in (None, "raise", "drop"):
         raise ValueError(f"excess_length_strategy {recipe['excess_length_strategy']!r} would cut off end tokens; say raise or drop")
     if not isinstance(recipe.get("sequence_len"), int):
@@ -227,46 +294,68 @@ def read_recipe(path):
     return recipe, schema
 
 
-def check_values(resolved, schema):
-    """ValueError on the first value that Axolotl's schema does not take, in a sentence."""
+def check_values(resolved, schema, gpus=(), processes=1):
+    """ValueError, in a sentence, on the first value that Axolotl does not take: by its schema, and for `gpus` by its rules for them too."""
+    import torch
+    from axolotl.utils.config import validate_config
+    from axolotl.utils.dict import DictDefault
+
     try:
-        schema(**copy.deepcopy(resolved))  # it fills in values as it goes
+        if gpus:
+            level = min(int(gpu["capability"].replace(".", "")) for gpu in gpus)
+            able = {"bf16": level >= 80, "tf32": level >= 80, "fp8": level >= 89, "n_gpu": processes, "compute_capability": f"sm_{level}"}
+            versions = {"torch_version": torch.__version__.partition("+")[0]}
+            validate_config(DictDefault(copy.deepcopy(resolved)), capabilities=able, env_capabilities=versions)
+        else:
+            schema(**copy.deepcopy(resolved))  # it fills in values as it goes
     except ValueError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}; `axolotl config-schema` lists what a key takes") from error
+        first = error.errors()[0] if hasattr(error, "errors") else {"loc": (), "msg": str(error)}
+        key = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{key + ': ' if key else ''}{first['msg']}; `axolotl config-schema` lists what a key takes") from error
 
 
-def read_conversations(data):
-    """Yield (file, line, row) of each conversation in a file, or in the data*.jsonl of a folder; SystemExit names a line that is none."""
+def read_conversations(data, pairs=False):
+    """Yield (file, line, row) of each conversation in a file, or in the data*.jsonl of a folder; SystemExit names a line that is none.
+
+    A row of preference `pairs` comes with "messages" (the context), "chosen" and "rejected" (the messages that follow it).
+    """
     for path in sorted(data.glob("data*.jsonl")) if data.is_dir() else [data]:
         with open(path, "rb") as file:
             for line, raw in enumerate(file, 1):
                 try:
                     row = json.loads(raw)
-                    messages = row["messages"]
-                    if not (isinstance(messages, list) and messages and all(isinstance(m, dict) and m.get("role") for m in messages)):
-                        raise ValueError("messages is not a list of {role, content}")
-                    if not all(isinstance(message.get("content") or "", str) for message in messages):
-                        raise ValueError("content is not text")
-                    if not all(m.get("content") or m.get("tool_calls") for m in messages if m["role"] == "assistant"):
-                        raise ValueError("an assistant's turn is empty")
-                    json.dumps(messages, ensure_ascii=False).encode("utf-8")  # no half of a surrogate pair
+                    if pairs:
+                        row["messages"] = as_messages(row["messages"] if "messages" in row else row["prompt"], "user")
+                        row |= {side: as_messages(row[side], "assistant") for side in ("chosen", "rejected")}
+                    for messages in [row[key] for key in (("messages", "chosen", "rejected") if pairs else ("messages",))]:
+                        if not (isinstance(messages, list) and messages and all(isinstance(m, dict) and m.get("role") for m in messages)):
+                            raise ValueError("messages is not a list of {role, content}")
+                        if not all(isinstance(message.get("content") or "", str) for message in messages):
+                            raise ValueError("content is not text")
+                        if not all(m.get("content") or m.get("tool_calls") for m in messages if m["role"] == "assistant"):
+                            raise ValueError("an assistant's turn is empty")
+                        json.dumps(messages, ensure_ascii=False).encode("utf-8")  # no half of a surrogate pair
                 except (ValueError, KeyError, TypeError) as error:
                     why = f"no field {error}" if isinstance(error, KeyError) else error
-                    fail(f"{path} line {line}: not a conversation ({why}); convert the data by convert_sft_format.py")
+                    fail(f"{path} line {line}: not a {'pair' if pairs else 'conversation'} ({why}); convert it by convert_sft_format.py")
                 yield path, line, row
+
+
+def as_messages(value, role):
+    """Return a list of messages given as one: a text, or a single message."""
+    return [{"role": role, "content": value}] if isinstance(value, str) else [value] if isinstance(value, dict) else value
 
 
 def name(path, line, row):
     return f"{path} line {line} (id {row.get('id')})"
 
 
-def as_trained(row, template):
-    """Return (messages, tools) as templates see them in training and serving: tool arguments parsed, only assistants' weights kept.
+def as_trained(messages, template):
+    """Return messages as templates see them in training and serving: tool arguments parsed, only assistants' weights kept.
 
     A developer's turn is the system's where the template does not know developers: vLLM serves it so (vllm/renderers/hf.py, 0.32).
     """
-    messages = json.loads(json.dumps(row["messages"]))
+    messages = json.loads(json.dumps(messages))
     developers = "'developer'" in template or '"developer"' in template
     for message in messages:
         if message["role"] == "developer" and not developers:
@@ -276,17 +365,19 @@ def as_trained(row, template):
         for call in message.get("tool_calls") or []:
             if isinstance(call["function"].get("arguments"), str):
                 call["function"]["arguments"] = json.loads(call["function"]["arguments"])
-    return messages, row.get("tools") or None
+    return messages
 
 
-def token_ids(tokenizer, messages, tools, recipe):
-    """Return the token ids of a whole conversation under the tokenizer's own chat template."""
-    settings = recipe.get("chat_template_kwargs") or {}
-    return tokenizer.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=False, **settings)
+def render(tokenizer, messages, tools, recipe, **settings):
+    """Return a conversation's token ids, or its text with tokenize=False, under the tokenizer's own chat template."""
+    settings = {"tokenize": True, "return_dict": False} | (recipe.get("chat_template_kwargs") or {}) | settings
+    return tokenizer.apply_chat_template(messages, tools=tools or None, **settings)
 
 
 def digest(ids):
-    return hashlib.blake2b(b"".join(i.to_bytes(4, "little") for i in ids), digest_size=16).digest()
+    import numpy
+
+    return hashlib.blake2b(numpy.asarray(ids, "<u4").tobytes(), digest_size=16).digest()
 
 
 def load_tokenizer(model, recipe):
@@ -321,69 +412,259 @@ def prepare(data, tokenizer, stop, recipe, output):
     """Write axolotl/data.jsonl and rejected.jsonl; return {digest of token ids: (place, trained turns)} and counts.
 
     Messages and tools are written as JSON strings, which Axolotl parses: as columns, Arrow would give each row every other row's fields.
-    A conversation that the chat template does not show in full is rejected. SystemExit names those that are too long, unless the recipe
-    drops them, and one that does not end with a stop token.
+    Preference pairs are written as the texts that TRL tokenizes: Axolotl's own template strategy drops tools and tool calls, and cuts an
+    answer at the first place where its text is found. A conversation that the chat template does not show in full is rejected. SystemExit
+    names those that are too long, unless the recipe drops them, and one that does not end with a stop token.
     """
     from tqdm import tqdm
 
-    known, rejected, too_long = {}, [], []
-    limit = recipe["sequence_len"]
+    known, rejected, too_long, pairs, count = {}, [], [], bool(recipe.get("rl")), 0
+    limit, terminal = recipe["sequence_len"], QUIET.terminal
+    rows = tqdm(read_conversations(data, pairs), desc="conversations", file=terminal, disable=not terminal.isatty())
     with write_atomic(output / "axolotl" / "data.jsonl", "w") as file:
-        for path, line, row in tqdm(read_conversations(data), desc="conversations", disable=not sys.stderr.isatty()):
-            place, reason, ids = name(path, line, row), "", []
-            messages, tools = as_trained(row, tokenizer.chat_template)
-            shown = {"tools": tools, "tool_calls": any(message.get("tool_calls") for message in messages)}
+        for path, line, row in rows:
+            place, reason, tools = name(path, line, row), "", row.get("tools") or None
+            sides = [row["messages"] + row[side] for side in ("chosen", "rejected")] if pairs else [row["messages"]]
+            sides = [as_trained(messages, tokenizer.chat_template) for messages in sides]
+            shown = {"tools": tools, "tool_calls": any(message.get("tool_calls") for messages in sides for message in messages)}
             hidden = [key for key, present in shown.items() if present and key not in tokenizer.chat_template]
-            trained = [message["role"] == "assistant" and message.get("weight", 1) != 0 for message in messages]
+            trained = [[m["role"] == "assistant" and m.get("weight", 1) != 0 for m in messages] for messages in sides]
+            ids, texts = [], {}
             try:
-                ids = token_ids(tokenizer, messages, tools, recipe)
+                if pairs:
+                    texts = pair_texts(tokenizer, row, sides, stop, recipe)
+                    ids = [tokenizer(texts["prompt"] + texts[side], add_special_tokens=False).input_ids for side in ("chosen", "rejected")]
+                else:
+                    ids = [render(tokenizer, sides[0], tools, recipe)]
             except Exception as error:  # templates raise whatever they like
                 reason = f"the chat template cannot show it: {' '.join(str(error).split())[:200]}"
-            roles = [message["role"] for message in messages]
+            system = [message["role"] for message in sides[0]].count("system")
             if hidden:
                 reason = f"the chat template does not show {hidden[0]}"
-            elif roles != [message["role"] for message in row["messages"]] and roles.count("system") > 1:
+            elif system > 1 and any(message["role"] == "developer" for message in row["messages"]):
                 reason = "the chat template knows no developer, and the server would merge its turn into the system's"
-            elif not any(trained):
+            elif not all(map(any, trained)):
                 reason = "no assistant's turn to learn from"
-            elif len(ids) > limit:
-                reason = f"{len(ids)} tokens, sequence_len is {limit}"
-                too_long.append(f"{place}: {len(ids)} tokens")
-            elif not reason and trained[-1] and not stop & set(ids[-3:]):
-                end, names = tokenizer.decode(ids[-3:]), " ".join(tokenizer.convert_ids_to_tokens(sorted(stop)))
-                remedy = "mend the template, or name its end token in the recipe, `special_tokens: {eos_token: ...}`"
-                fail(f"{place}: the template ends it with {end!r}, without a stop token of generation_config ({names}); {remedy}")
+            elif max(map(len, ids), default=0) > limit:
+                length = max(map(len, ids))
+                reason = f"{length} tokens, sequence_len is {limit}"
+                too_long.append(f"{place}: {length} tokens")
+            for one, turns in zip(ids, trained, strict=False):
+                if not reason and turns[-1] and not stop & set(one[-3:]):
+                    end, names = tokenizer.decode(one[-3:]), " ".join(tokenizer.convert_ids_to_tokens(sorted(stop)))
+                    remedy = "mend the template, or name its end token in the recipe, `special_tokens: {eos_token: ...}`"
+                    fail(f"{place}: the template ends it with {end!r}, without a stop token of generation_config ({names}); {remedy}")
             if reason:
                 rejected.append({"file": str(path), "line": line, "reason": reason, "raw": json.dumps(row, ensure_ascii=False)})
                 continue
-            known[digest(ids)] = (place, sum(trained))
-            packed = {"messages": json.dumps(messages, ensure_ascii=False)} | ({"tools": json.dumps(tools)} if tools else {})
+            known |= {digest(one): (place, sum(turns)) for one, turns in zip(ids, trained, strict=True)}
+            packed = texts or {"messages": json.dumps(sides[0], ensure_ascii=False)} | ({"tools": json.dumps(tools)} if tools else {})
             file.write(json.dumps(packed, ensure_ascii=False) + "\n")
+            count += 1
     if too_long and recipe.get("excess_length_strategy") != "drop":
         remedy = "raise sequence_len, shorten them, or say `excess_length_strategy: drop` in the recipe"
         fail(f"{len(too_long)} conversations are longer than sequence_len {limit}: {'; '.join(too_long[:3])}; {remedy}")
     if not known:
-        fail(
-            f"{data}: no conversation to train on{f', {len(rejected)} rejected: ' + rejected[0]['reason'] if rejected else ''}; mend --data"
-        )
+        why = f", {len(rejected)} rejected: {rejected[0]['reason']}" if rejected else ""
+        fail(f"{data}: no conversation to train on{why}; mend --data")
     if rejected:
         with write_atomic(output / "rejected.jsonl", "w") as file:
             file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in rejected)
-        print(f"sft: {len(rejected)} conversations rejected ({rejected[0]['reason']}, ...): {output / 'rejected.jsonl'}", file=sys.stderr)
-    return known, {"conversations": len(known), "rejected": len(rejected), "too_long": len(too_long)}
+        QUIET.say(f"{len(rejected)} conversations rejected ({rejected[0]['reason']}, ...): {output / 'rejected.jsonl'}")
+    return known, {"conversations": count, "rejected": len(rejected), "too_long": len(too_long)}
 
 
-def resolve(recipe, model, output, plugins):
+def pair_texts(tokenizer, row, sides, stop, recipe):
+    """Return {"prompt", "chosen", "rejected"} as texts under the chat template; ValueError when an answer changes what stands before it."""
+    context = sides[0][: len(row["messages"])]
+    texts = {"prompt": render(tokenizer, context, row.get("tools"), recipe, tokenize=False, add_generation_prompt=True)}
+    for side, messages in zip(("chosen", "rejected"), sides, strict=True):
+        whole = render(tokenizer, messages, row.get("tools"), recipe, tokenize=False)
+        if not whole.startswith(texts["prompt"]):
+            raise ValueError(f"with the {side} answer it shows other text before the answer than the server's prompt has")
+        texts[side] = whole[len(texts["prompt"]) :]
+        if (bare := texts[side].rstrip()).endswith(tuple(tokenizer.convert_ids_to_tokens(sorted(stop)))):
+            texts[side] = bare  # TRL adds another end token after anything else
+    return texts
+
+
+def resolve(recipe, model, output):
     """Return the whole Axolotl configuration of this run."""
     work = output.resolve() / "axolotl"
-    dataset = {"path": str(work / "data.jsonl"), "ds_type": "json", "type": "chat_template", "field_messages": "messages"}
-    dataset |= {"roles_to_train": ["assistant"], "train_on_eos": "turn", "message_field_training": "weight"}
+    dataset = {"path": str(work / "data.jsonl"), "ds_type": "json"}
+    if recipe.get("rl"):
+        dataset |= {"type": "passthrough.default", "split": "train"}
+    else:
+        dataset |= {"type": "chat_template", "field_messages": "messages", "message_field_training": "weight"}
+        dataset |= {"roles_to_train": ["assistant"], "train_on_eos": "turn"}
     ours = {"base_model": model, "datasets": [dataset], "output_dir": str(work / "run"), "dataset_prepared_path": str(work / "prepared")}
     ours |= {"excess_length_strategy": "raise", "auto_resume_from_checkpoints": True, "tokenizer_save_jinja_files": False}
-    ours |= {"plugins": plugins} if plugins else {}
+    ours |= {"plugins": [*(recipe.get("plugins") or []), f"{Path(__file__).stem}.TrainingPlugin"]}
     # By itself Axolotl starts loader processes that read 256 batches ahead; after a kill they block on a full pipe for ever
     defaults = {"chat_template": "tokenizer_default", "dataloader_num_workers": 0}
     return defaults | recipe | ours
+
+
+def query_gpus():
+    """Return [{index, uuid, name, capability, free}] (free: bytes) of the GPUs that CUDA_VISIBLE_DEVICES lets through, by nvidia-smi."""
+    fields, gpus = ("index", "uuid", "name", "compute_cap", "memory.free"), []
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+        for line in subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.splitlines():
+            index, uuid, name, capability, free = (cell.strip() for cell in line.split(","))
+            free = int(free) << 20 if free.isdigit() else None  # memory shared with the CPU is not counted
+            gpus.append({"index": index, "uuid": uuid, "name": name, "capability": capability, "free": free})
+    if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        gpus = [gpu for word in chosen.split(",") for gpu in gpus if word and (gpu["index"] == word or gpu["uuid"].startswith(word))]
+    return gpus
+
+
+def trace_model(config, layers, recipe):
+    """Return facts of a model with so many layers, built on torch's meta device, where tensors have shapes and no memory.
+
+    parameters, trainable; linear: those that QLoRA stores in 4 bits; kept: bytes that autograd keeps between forward and backward, for one
+    micro-batch of full length, with FlashAttention's kernel (q, k, v, output and one float a row) in place of the attention.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    class Flash(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, query, key, value):
+            ctx.save_for_backward(query, key, value, torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32))
+            return torch.empty_like(query)
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage
+        return tensor
+
+    ALL_ATTENTION_FUNCTIONS.register("traced", lambda module, q, k, v, *_, **__: (Flash.apply(q, k, v).transpose(1, 2), None))
+    small, storages = copy.deepcopy(config), {}
+    small.num_hidden_layers, small.use_cache = layers, False
+    if getattr(small, "layer_types", None):
+        small.layer_types = small.layer_types[:layers]
+    with torch.device("meta"):
+        dtype = torch.float32 if width(recipe) == 4 else torch.bfloat16
+        model = AutoModelForCausalLM.from_config(small, dtype=dtype, attn_implementation="traced").train()
+        facts = {"parameters": sum(p.numel() for p in model.parameters())}
+        head = model.get_output_embeddings()
+        facts["linear"] = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
+        body = getattr(model, model.base_model_prefix)
+        if recipe.get("adapter"):
+            from peft import LoraConfig, get_peft_model
+
+            targets = "all-linear" if recipe.get("lora_target_linear") else recipe.get("lora_target_modules")
+            model = get_peft_model(model, LoraConfig(r=recipe["lora_r"], target_modules=targets))
+        facts["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        rows = (2 if recipe.get("rl") else 1) * recipe.get("micro_batch_size", 1)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            try:
+                body(input_ids=torch.zeros(rows, recipe["sequence_len"], dtype=torch.long))
+                facts["kept"] = sum(storage.nbytes() for key, storage in storages.items() if key not in weights)
+            except Exception:  # experts that are chosen by value: 34 bytes a token and channel in bf16 (arXiv 2205.05198, eq. 2)
+                facts["kept"] = layers * 17 * width(recipe) * rows * recipe["sequence_len"] * config.hidden_size
+    return facts
+
+
+def width(recipe):
+    """Return the bytes of a number in the recipe's compute dtype."""
+    return 4 if recipe.get("bf16") is False and not recipe.get("fp16") else 2
+
+
+def estimate_memory(config, recipe, world, device):
+    """Return {part: bytes that one of `world` processes needs at its peak}, "total" last, and the model's (parameters, trainable).
+
+    Weights, gradients and optimizer states by sharding as in ZeRO (arXiv 1910.02054, section 3: with AdamW and mixed precision 2 + 2 + 12
+    bytes a parameter); Axolotl without DeepSpeed or FSDP trains in the compute dtype alone, FSDP2 keeps float32 shards, and adapters are
+    float32. NF4 with double quantization takes 4.127 bits (arXiv 2305.14314). Activations are what autograd keeps on traced layers: all, or
+    with gradient checkpointing one layer and the others' inputs. Logits: themselves, float32 log-probabilities and gradients.
+    Gradients grow as activations go, so without accumulation over micro-batches the total counts the larger of both.
+    """
+    one, two = (trace_model(config, layers, recipe) for layers in (1, 2))
+    layers, byte, adapter = config.num_hidden_layers, width(recipe), recipe.get("adapter")
+    whole = {key: one[key] + (two[key] - one[key]) * (layers - 1) for key in one}
+    total, trainable, layer = whole["parameters"], whole["trainable"], two["parameters"] - one["parameters"]
+    frozen = byte * (total if adapter else 0)
+    if recipe.get("load_in_4bit"):
+        frozen += whole["linear"] * (4.127 / 8 - byte)
+    if recipe.get("rl") and not adapter:
+        frozen += byte * total  # the reference model
+    optimizer = str(recipe.get("optimizer", "adamw_torch"))
+    moments = 2 if "8bit" in optimizer else 1 if "4bit" in optimizer else 0 if "adafactor" in optimizer else 8
+    deepspeed, fsdp, sent = recipe.get("deepspeed"), recipe.get("fsdp_config"), 0
+    if deepspeed:
+        zero = deepspeed["zero_optimization"]
+        stage, reduce = zero.get("stage", 0), zero.get("reduce_bucket_size", 5e8)
+        weights = (frozen + byte * trainable) / (world if stage == 3 else 1)
+        gradients = byte * trainable / (world if stage >= 2 else 1)
+        states = (moments + (4 if byte == 2 else 0)) * trainable / (world if stage >= 1 else 1)
+        if stage == 3:
+            live = min(total, zero.get("stage3_max_live_parameters", 1e9))
+            sent = byte * (live + 2 * (config.hidden_size**2 if reduce == "auto" else reduce))
+        elif world > 1:
+            sent = byte * (reduce * (2 if zero.get("overlap_comm") else 1) + min(trainable, zero.get("allgather_bucket_size", 5e8)))
+        weights = 0 if zero.get("offload_param") else weights
+        states = 0 if zero.get("offload_optimizer") else states
+    elif fsdp:
+        away = fsdp.get("offload_params")
+        weights, gradients, states = (0 if away else size / world for size in (frozen + 4 * trainable, 4 * trainable, moments * trainable))
+        sent = byte * (2 * layer + one["parameters"] - layer)  # two layers and the root unit, gathered
+    else:
+        own = 4 if adapter else byte
+        weights, gradients = frozen + own * trainable, own * trainable * (2 if world > 1 else 1)  # DDP copies gradients into buckets
+        states = trainable * (moments * own / 4 if moments == 8 else moments)
+    tokens = (2 if recipe.get("rl") else 1) * recipe.get("micro_batch_size", 1) * recipe["sequence_len"]
+    again = recipe.get("gradient_checkpointing") or (fsdp or {}).get("activation_checkpointing")
+    kept, away = two["kept"] - one["kept"], again == "offload" or recipe.get("activation_offloading")
+    inputs = 0 if away else tokens * config.hidden_size * byte
+    activations = one["kept"] + (inputs if again else kept) * (layers - 1)
+    fused = any(recipe.get(key) for key in ("liger_fused_linear_cross_entropy", "cut_cross_entropy", "chunked_cross_entropy"))
+    logits = 0 if fused else tokens * config.vocab_size * (byte + 8 + (4 if byte == 2 else 0))
+    parts = {"weights": weights, "gradients": gradients, "optimizer": states, "communication": sent, "activations": activations}
+    parts = {part: round(size) for part, size in (parts | {"logits": logits, "context": CONTEXT[device]}).items()}
+    shared = min(parts["gradients"], parts["activations"] + parts["logits"]) if recipe.get("gradient_accumulation_steps", 1) == 1 else 0
+    return parts | {"total": sum(parts.values()) - shared}, total, trainable
+
+
+def memory_remedy(recipe, world):
+    """Return what to change first in a recipe that does not fit."""
+    sharded = (recipe.get("deepspeed") or {}).get("zero_optimization", {}).get("stage") == 3 or recipe.get("fsdp_config")
+    if not (recipe.get("gradient_checkpointing") or (recipe.get("fsdp_config") or {}).get("activation_checkpointing")):
+        return "set `gradient_checkpointing: true`"
+    if recipe.get("micro_batch_size", 1) > 1:
+        return "set `micro_batch_size: 1` and more gradient_accumulation_steps"
+    if world > 1 and not sharded:
+        return "shard the model by `deepspeed: ../deepspeed/zero3.json`"
+    return "name more GPUs and shard over them" + ("" if recipe.get("adapter") == "qlora" else ", or train an adapter (lora, qlora)")
+
+
+def check_memory(model, recipe, world, gpus, processes, force):
+    """Say what a process will need and return (parts in bytes, parameters, trainable); SystemExit when it is not free, unless `force`."""
+    from transformers import AutoConfig
+
+    device = "cpu" if not gpus and width(recipe) == 4 else "gpu"
+    try:
+        parts, total, trainable = estimate_memory(AutoConfig.from_pretrained(model), recipe, world, device)
+    except Exception as error:  # a model of any make
+        QUIET.say(f"memory is not computed: {' '.join(str(error).split())[:200]}")
+        return {}, 0, 0
+    shares = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in parts.items() if part != "total" and size > 5e7)
+    need = f"{parts['total'] / 1e9:.1f} GB {'a GPU' if device == 'gpu' else 'a process'}"
+    batch = f"{recipe.get('micro_batch_size', 1)} x {recipe['sequence_len']} tokens"
+    QUIET.say(f"{total / 1e6:,.0f} M parameters, {trainable / 1e6:,.1f} M trained, {batch}; expects {need}: {shares}")
+    where, free = "", None
+    if gpus and all(gpu["free"] for gpu in gpus):
+        least = min(gpus, key=lambda gpu: gpu["free"])
+        where, free = f"GPU {least['index']} ({least['name']})", least["free"]
+    elif device == "cpu" and (available := re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())):
+        where, free = f"each of {processes} processes" if processes > 1 else "this machine", (int(available[1]) << 10) // processes
+    if free and parts["total"] > free and not force:
+        remedy = f"{memory_remedy(recipe, world)}, free the memory, or go on with --force"
+        fail(f"{model} needs about {need} and {where} has {free / 1e9:.1f} GB free; {remedy}")
+    return parts, total, trainable
 
 
 def whole_checkpoints(folder):
@@ -404,9 +685,81 @@ def die_with_parent():
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def train(command, environment, log):
-    """Run Axolotl with its words in `log` and its loss lines on stderr; SystemExit when it fails. Leaves no process behind."""
-    options = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
+def find_nodes(args):
+    """Return (nodes, rank of this one, host:port of the first), from the flags, or from the variables of Slurm's srun."""
+    environment = os.environ
+    nodes = args.nnodes or int(environment.get("SLURM_STEP_NUM_NODES", 1))
+    rank = args.node_rank if args.node_rank is not None else int(environment.get("SLURM_NODEID", 0))
+    endpoint = args.rdzv_endpoint
+    if nodes > 1 and not endpoint and (listed := re.match(r"([^\[,]+)(?:\[(\d+))?", environment.get("SLURM_STEP_NODELIST", ""))):
+        endpoint = f"{listed[1]}{listed[2] or ''}:{20000 + int(environment.get('SLURM_JOB_ID', 0)) % 10000}"
+    if nodes > 1 and not re.fullmatch(r".+:\d+", endpoint or ""):
+        raise ValueError("--nnodes wants --node-rank and --rdzv-endpoint HOST:PORT, the same address on each node")
+    return nodes, rank, endpoint
+
+
+def launch_command(config, processes, nodes, rank, endpoint):
+    """Return the command that trains: python for one process, torchrun for several, the same on each of several nodes."""
+    command = ["axolotl", "train", str(config), "--launcher"]
+    if nodes > 1:
+        command += ["torchrun", "--", "--nnodes", str(nodes), "--node_rank", str(rank), "--nproc_per_node", str(processes)]
+        return [*command, "--rdzv_backend", "static", "--rdzv_endpoint", endpoint]
+    return [*command, *(["torchrun", "--", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else ["python"])]
+
+
+def wait_for_first_node(endpoint, patience=7200):
+    """Wait until the first node listens at `endpoint`: it does when its data are prepared and its trainer starts."""
+    host, _, port = endpoint.rpartition(":")
+    for _ in range(patience):
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=5):
+            return
+        time.sleep(1)
+    fail(f"{endpoint} does not answer after {patience} s; start this command with --node-rank 0 there, and open the port")
+
+
+class Progress:
+    """Shows the trainer's events: a bar on a terminal, elsewhere a line each. `flops`: FLOPs a token, `peak`: FLOP/s of all GPUs."""
+
+    def __init__(self, flops=0, peak=0):
+        from tqdm import tqdm
+
+        self.flops, self.peak, self.first, self.last, self.metrics = flops, peak, None, None, {}
+        self.bar = tqdm(desc="steps", file=QUIET.terminal, disable=not QUIET.terminal.isatty())
+
+    def rates(self, since, event):
+        """Return {"tokens_per_second", "mfu"} between two events, as far as they are known."""
+        seconds = event["time"] - since["time"]
+        if not seconds or since["tokens"] is None or event["tokens"] is None:
+            return {}
+        rate = (event["tokens"] - since["tokens"]) / seconds
+        return {"tokens_per_second": round(rate, 1)} | ({"mfu": round(rate * self.flops / self.peak, 4)} if self.peak else {})
+
+    def show(self, event):
+        if event["loss"] is None:
+            self.first = self.last = event
+            self.bar.total, self.bar.initial, self.bar.n = event["steps"], event["step"], event["step"]
+            return
+        now, done = self.rates(self.last, event), event["step"] - self.first["step"]
+        left = (event["time"] - self.first["time"]) / max(done, 1) * (event["steps"] - event["step"])
+        words = [f"loss {event['loss']:.4g}"] + ([f"{now['tokens_per_second']:,.0f} tokens/s"] if now else [])
+        words += [f"MFU {now['mfu']:.1%}"] if "mfu" in now else []
+        self.bar.set_postfix_str(", ".join(words), refresh=False)
+        self.bar.update(event["step"] - self.bar.n)
+        if self.bar.disable:
+            left = f"{left / 60:.0f} min left" if left > 120 else f"{left:.0f} s left"
+            QUIET.say(f"step {event['step']}/{event['steps']}, {', '.join(words)}, {left}")
+        if self.first["tokens"] is None:  # resumed: the counter's value is known from here on
+            self.first = event
+        self.last = event
+        self.metrics = self.rates(self.first, event)
+
+
+def train(command, log, progress, begun):
+    """Run Axolotl with its words in `log` and its progress on stderr; call begun() before the first step. SystemExit when it fails.
+
+    Leaves no process behind.
+    """
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
     error = ""
     with open(log, "a", encoding="utf-8") as file:
         child = subprocess.Popen(command, text=True, errors="replace", preexec_fn=die_with_parent, **options)
@@ -414,11 +767,15 @@ def train(command, environment, log):
             for line in child.stdout:
                 file.write(line)
                 file.flush()
-                if logged := re.match(r"\s*\{'loss': '?([\d.e+-]+).*'epoch': '?([\d.]+)", line):
-                    print(f"sft: epoch {logged[2]}, loss {logged[1]}", file=sys.stderr)
-                error = line.strip() if re.match(r"(\[rank0\]: )?[\w.]*(Error|Exception|Exit|Interrupt)\b", line) and not error else error
+                if EVENT in line:
+                    event = json.loads(line.partition(EVENT)[2])
+                    if event["loss"] is None:
+                        begun()
+                    progress.show(event)
+                error = line.strip() if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception|Exit|Interrupt)\b", line) and not error else error
             child.wait()
         finally:
+            progress.bar.close()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
     if child.returncode:
@@ -430,27 +787,19 @@ def write_json(path, value):
         json.dump(value, file, ensure_ascii=False, indent=2)
 
 
-def write_model(output, model, recipe, stop):
-    """Put the merged model into `output` in the form that servers load.
+def write_configs(output, model, recipe, stop):
+    """Write everything but the weights, in the form that vLLM and transformers 4.57 and 5 load.
 
-    LoRA is merged by Axolotl's shard-wise merge, in the base model's dtype; rope settings are written under the keys of transformers 5
-    and of older versions; generation_config is the base model's with this tokenizer's special ids; the chat template is inside
-    tokenizer_config.json, which every server reads.
+    Rope settings and dtype stand under the keys of transformers 5 and of older versions; generation_config is the base model's with this
+    tokenizer's special ids; the chat template is inside tokenizer_config.json, which every server reads.
     """
-    import torch
     from transformers import AutoTokenizer, GenerationConfig
+    from transformers.utils import cached_file
 
     made = output / "axolotl" / "run"
     tokenizer = AutoTokenizer.from_pretrained(made)
-    if recipe.get("adapter"):
-        from axolotl.cli.utils.lora_merge import merge_lora_sharded_efficient
-
-        device, merged = "cuda" if torch.cuda.is_available() else "cpu", output / "axolotl" / "merged"
-        merge_lora_sharded_efficient(model, made, merged, device=device, simulate_nf4=recipe["adapter"] == "qlora")
-        made = merged
-    for file in [*made.glob("model*.safetensors"), *made.glob("model*.safetensors.index.json")]:
-        os.replace(file, output / file.name)
-    config = json.loads((made / "config.json").read_text(encoding="utf-8"))
+    source = cached_file(model, "config.json") if recipe.get("adapter") else made / "config.json"
+    config = json.loads(Path(source).read_text(encoding="utf-8"))
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
         scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
@@ -468,17 +817,77 @@ def write_model(output, model, recipe, stop):
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings = {k: v for k, v in settings.items() if k not in ("backend", "is_local", "local_files_only")}
     write_json(output / "tokenizer_config.json", settings)
+
+
+def write_weights(output, model, recipe):
+    """Put the weights into `output`; an adapter is merged shard by shard by Axolotl, in the base model's dtype."""
+    import torch
+
+    made = output / "axolotl" / "run"
+    if recipe.get("adapter"):
+        from axolotl.cli.utils.lora_merge import merge_lora_sharded_efficient
+
+        device, merged = "cuda" if torch.cuda.is_available() else "cpu", output / "axolotl" / "merged"
+        merge_lora_sharded_efficient(model, made, merged, device=device, simulate_nf4=recipe["adapter"] == "qlora")
+        made = merged
+    for file in [*made.glob("model*.safetensors"), *made.glob("model*.safetensors.index.json")]:
+        os.replace(file, output / file.name)
     shutil.rmtree(output / "axolotl" / "merged", ignore_errors=True)
 
 
-def certify(output, data, known, recipe):
-    """Return the certificate of a written model; SystemExit names the first conversation that disproves it.
+def certify_labels(output, tokenizer, stop, known, pairs=False):
+    """Return counts of what Axolotl prepared; SystemExit names the first conversation whose labels would teach something else.
 
-    Stop token: in Axolotl's own prepared data the last trained label of each trained turn is a stop id of generation_config, a pad token
-    distinct from the end token exists, and the chat template is in the tokenizer. Same ids: what Axolotl trained on is what
-    apply_chat_template of the written folder gives.
+    Each row has the token ids of a known conversation, and the last trained label of each of its trained turns is a stop id. Preference
+    pairs are prepared as text, which TRL tokenizes in one piece, as here.
     """
     from datasets import load_from_disk
+
+    seen, turns, trained = set(), 0, 0
+
+    def check(ids, ends):
+        key = digest(ids)
+        if key not in known:
+            text = tokenizer.decode(ids)[:200]
+            fail(f"certificate: Axolotl trained on {text!r}, which the chat template gives for no conversation")
+        place, expected = known[key]
+        if not pairs and len(ends) != expected:
+            fail(f"certificate: {place}: {expected} turns to train, {len(ends)} found in the labels; look at the chat template")
+        for end in ends:
+            if int(end) not in stop:
+                named = " ".join(tokenizer.convert_ids_to_tokens(sorted(stop)))
+                end = tokenizer.decode([int(end)])
+                fail(f"certificate: {place}: a trained turn ends with {end!r}, no stop token of generation_config ({named})")
+        seen.add(key)
+
+    for folder in sorted(path.parent for path in (output / "axolotl" / "prepared").glob("*/state.json")):
+        dataset = load_from_disk(str(folder))
+        if pairs:
+            for row in dataset.select_columns(["prompt", "chosen", "rejected"]):
+                for side in ("chosen", "rejected"):
+                    ids = tokenizer(row["prompt"] + row[side], add_special_tokens=False).input_ids
+                    check(ids, ids[-1:])
+                    turns, trained = turns + 1, trained + len(ids) - len(tokenizer(row["prompt"], add_special_tokens=False).input_ids)
+            continue
+        for row in dataset.select_columns(["input_ids", "labels"]).with_format("numpy"):
+            labels = row["labels"]
+            learnt = labels != MASKED
+            last = learnt.copy()
+            last[:-1] &= ~learnt[1:]
+            check(row["input_ids"], labels[last])
+            turns, trained = turns + int(last.sum()), trained + int(learnt.sum())
+    if missing := known.keys() - seen:
+        place, _ = known[next(iter(missing))]
+        fail(f"certificate: {place}: not in Axolotl's prepared data; {len(missing)} conversations were dropped or changed")
+    return {"turns": turns, "trained_tokens": trained}
+
+
+def certify_folder(output, data, known, recipe):
+    """Return the facts of a written model, with conversations and their ids; SystemExit when they are not those that were trained.
+
+    A pad token distinct from the end token exists, every token has an embedding, and the chat template in the tokenizer gives for each of
+    `CERTIFIED` conversations the ids that Axolotl trained on.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     tokenizer, vocabulary = AutoTokenizer.from_pretrained(output), AutoConfig.from_pretrained(output).vocab_size
@@ -490,37 +899,69 @@ def certify(output, data, known, recipe):
         fail(f"certificate: {output} pads with the end token {tokenizer.eos_token!r}; give it a pad token of its own")
     if len(tokenizer) > vocabulary:
         fail(f"certificate: {output} has {len(tokenizer)} tokens but {vocabulary} embeddings; train the new tokens (lora_modules_to_save)")
-    seen, turns, trained = set(), 0, 0
-    for folder in sorted(path.parent for path in (output / "axolotl" / "prepared").glob("*/state.json")):
-        for row in load_from_disk(str(folder)).select_columns(["input_ids", "labels"]):
-            key, labels = digest(row["input_ids"]), row["labels"]
-            if key not in known:
-                text = tokenizer.decode(row["input_ids"])[:200]
-                fail(f"certificate: Axolotl trained on {text!r}, which the chat template gives for no conversation")
-            place, expected = known[key]
-            ends = [label for label, after in zip(labels, [*labels[1:], MASKED], strict=True) if label != MASKED and after == MASKED]
-            if len(ends) != expected:
-                fail(f"certificate: {place}: {expected} turns to train, {len(ends)} found in the labels; look at the chat template")
-            for end in ends:
-                if end not in stop:
-                    named = " ".join(tokenizer.convert_ids_to_tokens(sorted(stop)))
-                    end = tokenizer.decode([end])
-                    fail(f"certificate: {place}: a trained turn ends with {end!r}, no stop token of generation_config ({named})")
-            seen.add(key)
-            turns, trained = turns + len(ends), trained + sum(label != MASKED for label in labels)
-    if missing := known.keys() - seen:
-        place, _ = known[next(iter(missing))]
-        fail(f"certificate: {place}: not in Axolotl's prepared data; {len(missing)} conversations were dropped or changed")
-    conversations, digests = [], {place: key for key, (place, _) in known.items()}
-    rows = (entry for entry in read_conversations(data) if name(*entry) in digests)
-    for path, line, row in itertools.islice(rows, 0, None, -(-len(digests) // CERTIFIED)):
-        messages, tools = as_trained(row, tokenizer.chat_template)
-        ids = token_ids(tokenizer, messages, tools, recipe)
-        if digest(ids) != digests[name(path, line, row)]:
+    pairs, places = bool(recipe.get("rl")), {place: key for key, (place, _) in known.items()}
+    conversations = []
+    rows = (entry for entry in read_conversations(data, pairs) if name(*entry) in places)
+    for path, line, row in itertools.islice(rows, 0, None, -(-len(places) // CERTIFIED)):
+        messages = as_trained(row["messages"] + (row["rejected"] if pairs else []), tokenizer.chat_template)
+        ids = render(tokenizer, messages, row.get("tools"), recipe)
+        if pairs:  # a pair is trained up to its end token
+            ids = next((ids[: i + 1] for i in reversed(range(len(ids))) if ids[i] in stop), ids)
+        if digest(ids) != places[name(path, line, row)]:
             fail(f"certificate: {name(path, line, row)}: apply_chat_template of {output} gives other token ids than Axolotl trained on")
-        conversations.append({"id": row.get("id"), "messages": messages, "tools": tools, "ids": ids})
+        for message in messages:  # as a client sends them
+            message.pop("weight", None)
+            if message.get("reasoning_content"):
+                message["reasoning"] = message["reasoning_content"]
+        conversations.append({"id": row.get("id"), "messages": messages, "tools": row.get("tools") or None, "ids": ids})
     facts = {"stop_ids": sorted(stop), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    return facts | {"turns": turns, "trained_tokens": trained, "conversations": conversations}
+    return facts | {"conversations": conversations}
+
+
+class Server:
+    """vLLM's own front end without an engine (`vllm launch render`) on a Unix socket: it answers /tokenize as `vllm serve` does."""
+
+    def __init__(self, output, log):
+        self.folder, self.log, self.output = tempfile.mkdtemp(), log, output
+        quiet = {"stdout": log, "stderr": log, "preexec_fn": die_with_parent, "start_new_session": True}
+        command = ["vllm", "launch", "render", str(output), "--served-model-name", "sft", "--uds", f"{self.folder}/socket"]
+        self.process = subprocess.Popen(command, env=os.environ | {"VLLM_NO_USAGE_STATS": "1", "CUDA_VISIBLE_DEVICES": ""}, **quiet)
+
+    def call(self, method, path, body=None):
+        connection = http.client.HTTPConnection("localhost")
+        connection.sock = socket.socket(socket.AF_UNIX)
+        with contextlib.closing(connection):
+            connection.sock.connect(f"{self.folder}/socket")
+            connection.request(method, path, json.dumps(body), {"Content-Type": "application/json"})
+            return json.loads(connection.getresponse().read() or b"{}")
+
+    def compare(self, conversations, recipe, pairs):
+        """SystemExit names the first conversation that the server does not turn into its trained token ids."""
+        while self.process.poll() is None:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                self.call("GET", "/health")
+                break
+            time.sleep(0.2)
+        else:
+            fail(f"certificate: vLLM cannot load {self.output}; its words are in {self.log.name}; --no-vllm leaves it out")
+        for entry in conversations:
+            messages = json.loads(json.dumps(entry["messages"]))
+            for call in (call for message in messages for call in message.get("tool_calls") or ()):
+                call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+            body = {"model": "sft", "messages": messages, "add_generation_prompt": False}
+            body |= {"tools": entry["tools"]} if entry["tools"] else {}
+            body |= {"chat_template_kwargs": recipe["chat_template_kwargs"]} if recipe.get("chat_template_kwargs") else {}
+            answer = self.call("POST", "/tokenize", body)
+            ids = answer.get("tokens")
+            if ids is None or ids[: len(entry["ids"])] != entry["ids"] or (not pairs and len(ids) != len(entry["ids"])):
+                why = f"gives other token ids than were trained ({ids})" if ids is not None else f"refuses it ({answer})"
+                fail(f"certificate: conversation {entry['id']!r}: vLLM's tokenize endpoint {why[:300]}")
+
+    def stop(self):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def answer(output, conversation, stop):
@@ -528,16 +969,14 @@ def answer(output, conversation, stop):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer, device = AutoTokenizer.from_pretrained(output), "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(output, dtype="auto").to(device)
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    model = AutoModelForCausalLM.from_pretrained(output, dtype="auto", device_map="auto" if torch.cuda.is_available() else None)
     first = next(i for i, message in enumerate(conversation["messages"]) if message["role"] == "assistant")
     asked, tools = conversation["messages"][:first], conversation["tools"]
-    prompt = tokenizer.apply_chat_template(asked, tools=tools, add_generation_prompt=True, return_dict=False, return_tensors="pt").to(
-        device
-    )
-    reply = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=96, do_sample=False)[
-        0, prompt.shape[1] :
-    ].tolist()
+    prompt = tokenizer.apply_chat_template(asked, tools=tools, add_generation_prompt=True, return_dict=False, return_tensors="pt")
+    prompt = prompt.to(model.device)
+    reply = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=96, do_sample=False)
+    reply = reply[0, prompt.shape[1] :].tolist()
     text = tokenizer.decode(reply, skip_special_tokens=True)
     return {"question": asked[-1]["content"] if asked else "", "answer": text, "stopped": reply[-1] in stop}
 
@@ -549,20 +988,57 @@ def read_steps(checkpoint):
     return steps, [float(entry["loss"]) for entry in steps]
 
 
-def rank_plugin():
-    """Return the Axolotl plugin class of runs with several processes: each ends with its launcher, and DeepSpeed works on a CPU.
+def plot_losses(steps, path):
+    """Draw the loss and the learning rate by step."""
+    import matplotlib
 
-    Axolotl 0.19 places the model on device LOCAL_RANK, which transformers takes for a GPU; accelerate takes a machine without a GPU for
-    one process; both ask for nccl; DeepSpeed compiles C++ for minutes for what gloo does as well.
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    numbers = [entry["step"] for entry in steps]
+    axes.plot(numbers, [float(entry["loss"]) for entry in steps], marker="." if len(steps) < 100 else "")
+    axes.set(xlabel="step", ylabel="training loss")
+    axes.grid(alpha=0.3)
+    rate = axes.twinx()
+    rate.plot(numbers, [float(entry["learning_rate"]) for entry in steps], color="gray", linestyle=":", linewidth=1)
+    rate.set_ylabel("learning rate (dotted)")
+    with write_atomic(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+    pyplot.close(figure)
+
+
+def training_plugin():
+    """Return the Axolotl plugin of every run: it reports progress, ends with its launcher, and lets several processes train on a CPU.
+
+    The last because Axolotl 0.19 places the model on device LOCAL_RANK, which transformers takes for a GPU; accelerate takes a machine
+    without a GPU for one process; both ask for nccl; DeepSpeed compiles C++ for minutes for what gloo does as well.
     """
     import torch
     from axolotl.integrations.base import BasePlugin
+    from transformers import TrainerCallback
 
-    class RankPlugin(BasePlugin):
+    class Report(TrainerCallback):
+        def on_train_begin(self, args, state, control, **_):
+            self.report(state, None, 0 if state.global_step == 0 else None)
+
+        def on_log(self, args, state, control, logs=None, **_):
+            if "loss" in logs:
+                self.report(state, float(logs["loss"]), logs.get("tokens/total"))
+
+        def report(self, state, loss, tokens):
+            if state.is_world_process_zero:
+                event = {"step": state.global_step, "steps": state.max_steps, "loss": loss, "tokens": tokens, "time": time.time()}
+                print(EVENT + json.dumps(event), flush=True)
+
+    class TrainingPlugin(BasePlugin):
         def register(self, cfg):
             die_with_parent()
-            if not torch.cuda.is_available():
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available():
                 train_on_cpu()
+
+        def add_callbacks_pre_trainer(self, cfg, model):
+            return [Report()]
 
     def train_on_cpu():
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
@@ -584,14 +1060,23 @@ def rank_plugin():
         deepspeed.comm.init_distributed = over_gloo
         deepspeed.comm.torch.build_shm_op = lambda: None
 
-    return RankPlugin
+    return TrainingPlugin
 
 
 def __getattr__(attribute):
     """Let Axolotl's processes import this file and find the plugin in it, without importing Axolotl for `--help`."""
-    if attribute == "RankPlugin":
-        return rank_plugin()
+    if attribute == "TrainingPlugin":
+        return training_plugin()
     raise AttributeError(attribute)
+
+
+def fetch(model):
+    """Download a model that is named by its hub name, and leave the network alone from here on."""
+    if not Path(model).is_dir() and os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0"):
+        command = ["hf", "download", model, "--quiet", "--exclude", "original/*", "*.gguf", "*.pth", "onnx/*"]
+        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+            fail(f"{model}: neither a folder nor a model that can be downloaded; name a folder, or set HF_TOKEN where the model wants one")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def build_parser():
@@ -604,6 +1089,13 @@ def build_parser():
     parser.add_argument("--config", required=True, metavar="FILE.yaml", help="recipe: a native Axolotl configuration")
     parser.add_argument("--gpus", metavar="6,7", help="as nvidia-smi numbers them (default: CUDA_VISIBLE_DEVICES)")
     parser.add_argument("--nproc-per-node", type=int, metavar="N", help="training processes (default: one a visible GPU, else 1)")
+    nodes = {"nnodes": int, "node_rank": int, "rdzv_endpoint": str}
+    texts = ("nodes that train together (default: srun's, else 1)", "number of this node, from 0", "address of node 0, free port")
+    for (key, kind), metavar, text in zip(nodes.items(), ("N", "K", "HOST:PORT"), texts, strict=True):
+        default = os.environ.get(f"PET_{key.upper()}")  # as torchrun itself reads them
+        parser.add_argument(f"--{key.replace('_', '-')}", type=kind, default=default, metavar=metavar, help=text)
+    parser.add_argument("--force", action="store_true", help="train though the memory computed is not free")
+    parser.add_argument("--no-vllm", action="store_true", help="leave the server's tokens out of the certificate, where vLLM is installed")
     parser.add_argument("--overwrite", action="store_true", help="put another run in OUTPUT aside")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved Axolotl configuration and command, and stop")
     return parser
@@ -616,64 +1108,94 @@ def main():
     work = output / "axolotl"
     if args.gpus:
         os.environ |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": args.gpus}
-    os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
+    os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "DO_NOT_TRACK": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH")]))
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # it makes every start compile all imports anew
-    if not sys.stderr.isatty():
-        os.environ["TQDM_DISABLE"] = "1"
-
-    import torch
-    import yaml
-
-    processes = args.nproc_per_node or torch.cuda.device_count() or 1
-    command = ["axolotl", "train", str(work / "axolotl.yaml"), "--launcher", "python"]
+    os.environ["TQDM_DISABLE"] = "1"  # in Axolotl's processes, whose progress is shown here
     try:
-        recipe, schema = read_recipe(path)
-        model = args.model = args.model or recipe.get("base_model")
+        nodes, rank, endpoint = find_nodes(args)
+        model = args.model = args.model or read_yaml(path).get("base_model")
         if not model:
             raise ValueError("no base_model; name the model there, or by --model")
-        plugins = recipe.get("plugins") or []
-        if processes > 1:
-            command[4:] = ["torchrun", "--", "--standalone", "--nproc_per_node", str(processes)]
-            plugins = [*plugins, f"{Path(__file__).stem}.RankPlugin"]
-            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH")]))
-        resolved = resolve(recipe, model, output, plugins)
-        check_values(resolved, schema)
+        if not args.dry_run:
+            if not data.exists():
+                fail(f"{data}: no such file or folder; convert conversations by convert_sft_format.py first")
+            fetch(model)
+        with QUIET:
+            import torch
+            import yaml
+
+            recipe, schema = read_recipe(path)
+            gpus = query_gpus()
+            processes = args.nproc_per_node or torch.cuda.device_count() or 1
+            resolved = resolve(recipe, model, output)
+            check_values(resolved, schema, gpus, nodes * processes)
+            memory, total, trainable = check_memory(model, recipe, nodes * processes, gpus, processes, args.force)
     except ValueError as error:
         parser.error(f"{path}: {error}")
-    if not data.exists():
-        fail(f"{data}: no such file or folder; convert conversations by convert_sft_format.py first")
-    if Path(model).is_dir():
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    vars(args).update({f"recipe {key}": value for key, value in recipe.items()})
+    command = launch_command(work / "axolotl.yaml", processes, nodes, rank, endpoint)
+    log = work / "axolotl.log"
     resolved = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
     if args.dry_run:
         print(f"{resolved}# {shlex.join(command)}")
         return
-    run = Run("sft", args, [place for place in (model, data) if Path(place).exists()], ignore=("gpus", "dry_run"))
-    tokenizer, stop = load_tokenizer(model, recipe)
+    # Forward and backward take 2 + 4 FLOPs a parameter and token (arXiv 2001.08361), for frozen weights 2 + 2; attention is not counted
+    peak = nodes * sum(next((flops for key, flops in PEAK.items() if key in gpu["name"]), 0) for gpu in gpus)
+    progress = Progress(4 * total + 2 * trainable, peak)
+    if rank:
+        wait_for_first_node(endpoint)
+        if not (work / "axolotl.yaml").exists():
+            fail(f"{work / 'axolotl.yaml'} is not there, though node 0 has begun; name an --output that all nodes share")
+        train(command, log.with_suffix(f".{rank}.log"), progress, lambda: None)
+        return QUIET.say(f"node {rank} is done; node 0 writes {output}")
+    vars(args).update({f"recipe {key}": value for key, value in recipe.items()})
+    machine = ("gpus", "dry_run", "force", "no_vllm", "node_rank", "rdzv_endpoint")
+    run = Run("sft", args, [place for place in (model, data) if Path(place).exists()], ignore=machine)
     checkpoints = whole_checkpoints(work / "run")
     if work.exists() and not checkpoints:
         shutil.rmtree(work)
-    known, counts = prepare(data, tokenizer, stop, recipe, output)
+    labels = {}
+    with QUIET:
+        tokenizer, stop = load_tokenizer(model, recipe)
+        known, counts = prepare(data, tokenizer, stop, recipe, output)
+    QUIET.save(log)
     with write_atomic(work / "axolotl.yaml", "w") as file:
         file.write(resolved)
     if checkpoints:
-        print(f"sft: going on from {checkpoints[-1]}", file=sys.stderr)
-    train(command, os.environ, work / "axolotl.log")
+        QUIET.say(f"going on from {checkpoints[-1]}")
+    begin = time.time()
+    check = (output, tokenizer, stop, known, bool(recipe.get("rl")))
+    train(command, log, progress, lambda: labels.update(certify_labels(*check)))
+    seconds = {"train_seconds": round(time.time() - begin, 1)}
     steps, losses = read_steps(whole_checkpoints(work / "run")[-1])
-    write_model(output, model, recipe, stop)
-    certificate = certify(output, data, known, recipe)
-    certificate["sample"] = answer(output, certificate["conversations"][0], stop)
+    with QUIET, contextlib.ExitStack() as end:
+        write_configs(output, model, recipe, stop)
+        server = None
+        if shutil.which("vllm") and not args.no_vllm:  # it starts while the weights are written
+            server = Server(output, end.enter_context(open(log, "a", encoding="utf-8")))
+            end.callback(server.stop)
+        write_weights(output, model, recipe)
+        certificate = certify_folder(output, data, known, recipe) | labels
+        certificate["sample"] = answer(output, certificate["conversations"][0], stop)
+        if server:
+            server.compare(certificate["conversations"], recipe, bool(recipe.get("rl")))
+            certificate["vllm"] = server.call("GET", "/version")["version"]
+        plot_losses(steps, output / "loss.png")
+    QUIET.save(log)
     write_json(output / "certificate.json", certificate)
     with write_atomic(output / "metrics.jsonl", "w") as file:
         file.writelines(json.dumps(step) + "\n" for step in steps)
     edge = max(1, len(losses) // 4)  # single steps say little where batches are small
     first, last = sum(losses[:edge]) / edge, sum(losses[-edge:]) / edge
     metrics = {key: value for key, value in certificate.items() if key != "conversations"}
-    metrics |= {"loss_first": first, "loss_last": last, "certified_ids": len(certificate["conversations"]), "processes": processes}
+    metrics |= {"loss_first": first, "loss_last": last, "certified_ids": len(certificate["conversations"])}
+    metrics |= {"processes": nodes * processes, "expected_memory_bytes": memory, "parameters": total, "trainable": trainable}
+    if used := max((float(step.get("memory/max_allocated (GiB)", 0)) for step in steps), default=0):
+        metrics["allocated_memory_bytes"] = round(used * (1 << 30))
     counts |= {"steps": steps[-1]["step"], "turns": certificate["turns"], "trained_tokens": certificate["trained_tokens"]}
     records = {"metrics.jsonl": len(steps), "rejected.jsonl": counts["rejected"], "data.jsonl": counts["conversations"]}
+    metrics |= progress.metrics | seconds
     run.finish(f"loss {first:.2f} -> {last:.2f}, certificate holds", counts, metrics, records, ("axolotl", "deepspeed", "peft"))
 
 
