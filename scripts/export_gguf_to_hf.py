@@ -14,7 +14,8 @@ transformers' reader loses the rule by which text is split before the merges and
 loaded as a server loads it: same token ids, same logits, and one question answered, which the manifest keeps.
 
 Reads   one GGUF file with a byte-level BPE vocabulary (`tokenizer.ggml.model` gpt2), given or shipped inside an installed package.
-Writes  OUTPUT/{model.safetensors,config.json,generation_config.json,tokenizer.json,tokenizer_config.json}, then OUTPUT/manifest.json, last.
+Writes  OUTPUT/{model.safetensors,config.json,generation_config.json,tokenizer.json,tokenizer_config.json}, export.log (what the libraries
+        print), then OUTPUT/manifest.json, last.
 Exit    0 done or up to date; 1 failed; 2 bad usage; 3 refused, OUTPUT holds another run.
 Needs   CPU only, no network; memory for the model in --dtype twice over.
 """
@@ -331,6 +332,23 @@ def check_folder(output, ids, tokenizer, model):
     return {"question": QUESTION, "answer": answer, "max_logit_delta": delta, "chat_template": bool(written.chat_template), **found}
 
 
+@contextlib.contextmanager
+def printing_to(log):
+    """Send what libraries print meanwhile, from Python or C, to a file: warnings and bars that mean nothing to the user."""
+    kept = [os.dup(1), os.dup(2)]
+    try:
+        with open(log, "wb") as file:
+            for fd in (1, 2):
+                os.dup2(file.fileno(), fd)
+            yield
+    finally:
+        sys.stderr.flush()
+        sys.stdout.flush()
+        for fd, own in zip((1, 2), kept, strict=True):
+            os.dup2(own, fd)
+            os.close(own)
+
+
 def build_parser():
     parser = argparse.ArgumentParser(
         prog="export_gguf_to_hf.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -359,23 +377,26 @@ def main():
     if ids.get("pad") == ids.get("eos"):
         print(f"base-model: {path}: no token but the end token is left to pad with; add one before fine-tuning", file=sys.stderr)
 
-    import gguf
-    import torch
-    from transformers import AutoModelForCausalLM
+    print(f"base-model: reading {len(reader.tensors)} tensors of {path}", file=sys.stderr)
+    os.environ["HF_HUB_OFFLINE"] = "1"  # bitsandbytes, which transformers imports, fetches a kernel from the hub
+    with printing_to(run.output / "export.log"):
+        import gguf
+        import torch
+        from transformers import AutoModelForCausalLM
 
-    # transformers reads the file three times, some seconds each
-    gguf.GGUFReader = functools.cache(lambda _: reader)
-    try:
-        dtype = getattr(torch, args.dtype)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
-    except (ValueError, KeyError, RuntimeError) as error:
-        why = " ".join(str(error).split())[:300]
-        raise SystemExit(
-            f"export_gguf_to_hf: {path}: transformers cannot read this model ({why}); take another or a newer version"
-        ) from error
-    model.save_pretrained(run.output)
-    write_configs(run.output, meta, ids, tokenizer)
-    metrics = check_folder(run.output, ids, tokenizer, model)
+        # transformers reads the file three times, some seconds each
+        gguf.GGUFReader = functools.cache(lambda _: reader)
+        try:
+            dtype = getattr(torch, args.dtype)
+            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+        except (ValueError, KeyError, RuntimeError) as error:
+            why = " ".join(str(error).split())[:300]
+            raise SystemExit(
+                f"export_gguf_to_hf: {path}: transformers cannot read this model ({why}); take another or a newer version"
+            ) from error
+        model.save_pretrained(run.output)
+        write_configs(run.output, meta, ids, tokenizer)
+        metrics = check_folder(run.output, ids, tokenizer, model)
     parameters = sum(p.numel() for p in model.parameters())
     counts = {"tensors": len(reader.tensors), "parameters": parameters, "vocabulary": len(meta["tokenizer.ggml.tokens"])}
     metrics |= {"quantization": sorted({t.tensor_type.name for t in reader.tensors}), "license": meta.get("general.license")}

