@@ -304,6 +304,8 @@ def check_values(resolved, schema, gpus=(), processes=1):
         if gpus:
             level = min(int(gpu["capability"].replace(".", "")) for gpu in gpus)
             able = {"bf16": level >= 80, "tf32": level >= 80, "fp8": level >= 89, "n_gpu": processes, "compute_capability": f"sm_{level}"}
+            if level < 80 and resolved.get("bf16"):  # Axolotl warns, loads the model, and fails
+                raise ValueError("bf16 needs an Ampere GPU or newer; say `bf16: false` and `fp16: true`")
             versions = {"torch_version": torch.__version__.partition("+")[0]}
             validate_config(DictDefault(copy.deepcopy(resolved)), capabilities=able, env_capabilities=versions)
         else:
