@@ -720,7 +720,8 @@ def launch_command(config, processes, nodes, rank, endpoint):
     command = ["axolotl", "train", str(config), "--launcher"]
     if nodes > 1:
         command += ["torchrun", "--", "--nnodes", str(nodes), "--node_rank", str(rank), "--nproc_per_node", str(processes)]
-        return [*command, "--rdzv_backend", "static", "--rdzv_endpoint", endpoint]
+        # without an id Axolotl draws one, another on each node, and the nodes wait for each other for ever
+        return [*command, "--rdzv_backend", "static", "--rdzv_endpoint", endpoint, "--rdzv_id", "sft"]
     return [*command, *(["torchrun", "--", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else ["python"])]
 
 

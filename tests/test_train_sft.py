@@ -642,6 +642,6 @@ def test_nodes_come_from_flags_or_from_slurm(load_script, monkeypatch):
     assert nodes() == (2, 1, "gpu03:23456")
     assert script.launch_command("c.yaml", 8, 2, 1, "gpu03:23456")[4:] == [
         *("torchrun", "--", "--nnodes", "2", "--node_rank", "1", "--nproc_per_node", "8"),
-        *("--rdzv_backend", "static", "--rdzv_endpoint", "gpu03:23456"),
+        *("--rdzv_backend", "static", "--rdzv_endpoint", "gpu03:23456", "--rdzv_id", "sft"),
     ]
     assert script.launch_command("c.yaml", 1, 1, 0, None)[3:] == ["--launcher", "python"]
