@@ -48,7 +48,7 @@ named = $(shell sed -n 's/^input: *\[\(.*\)\].*/\1/p' $(R)/$(patsubst eval-%,eva
 newer = $(if $(shell find -L $(call named,$(1)) -newer $(call done,$(1)) -print -quit 2>&1),FORCE)
 run = @echo "== $(notdir $(@D))" >&2; $(PYTHON) scripts/$(1) --config $(R)/$(notdir $(@D)).yaml --output $(@D) --overwrite
 
-.PHONY: FORCE help setup demo all table serve ask pretrain eval-kb test lint lock snippets tidy eval sft-preview bench-sft-data
+.PHONY: FORCE help setup demo all table serve ask pretrain eval-kb test lint lock snippets tidy eval sft-preview bench-sft-data bench-sft
 .PHONY: clean-text dedup tokenizer tokens convert serve-pretrained base-model sft-data sft-gen sft kb
 
 help:
@@ -160,6 +160,8 @@ $(VENV)/stamp.json: $(LOCK) $(wildcard patches/series patches/*/*.patch)
 # Two files at a time (pytest-xdist): much of a test's time is one thread that imports a large package
 bench-sft-data: | $(ENVIRONMENT) ## speed of sft-data beside LLaMA-Factory's and Axolotl's own loading
 	@$(PYTHON) tests/bench/bench_sft_data.py
+bench-sft: $(call done,sft-data) $(BASE) ## what the sft stage adds to the time of `axolotl train`, in pairs of runs
+	@$(PYTHON) tests/bench/bench_sft.py --recipe $(R)/sft.yaml --data $(OUT)/sft-data --model $(or $(MODEL),$(patsubst %/,%,$(dir $(BASE))))
 
 test: lint ## every test, the demo chain among them
 	@$(PYTHON) -m pytest -n 2 --dist loadfile --durations 20

@@ -1007,9 +1007,11 @@ def read_steps(checkpoint):
 
 
 def plot_losses(steps, path):
-    """Draw the loss and the learning rate by step."""
-    import matplotlib
-
+    """Draw the loss and the learning rate by step, where matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return QUIET.say("no loss.png: matplotlib is not installed")
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
