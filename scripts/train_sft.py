@@ -923,9 +923,8 @@ def certify_folder(output, data, known, recipe):
     for path, line, row in itertools.islice(rows, 0, None, -(-len(places) // CERTIFIED)):
         messages = as_trained(row["messages"] + (row["rejected"] if pairs else []), tokenizer.chat_template)
         ids = render(tokenizer, messages, row.get("tools"), recipe)
-        if pairs:  # a pair is trained up to its end token
-            ids = next((ids[: i + 1] for i in reversed(range(len(ids))) if ids[i] in stop), ids)
-        if digest(ids) != places[name(path, line, row)]:
+        length = max((i + 1 for i, token in enumerate(ids) if token in stop), default=0) if pairs else None  # trained up to its end token
+        if digest(ids[:length]) != places[name(path, line, row)]:
             fail(f"certificate: {name(path, line, row)}: apply_chat_template of {output} gives other token ids than Axolotl trained on")
         for message in messages:  # as a client sends them
             message.pop("weight", None)
@@ -943,7 +942,7 @@ class Server:
         self.folder, self.log, self.output = tempfile.mkdtemp(), log, output
         quiet = {"stdout": log, "stderr": log, "preexec_fn": die_with_parent, "start_new_session": True}
         command = ["vllm", "launch", "render", str(output), "--served-model-name", "sft", "--uds", f"{self.folder}/socket"]
-        self.process = subprocess.Popen(command, env=os.environ | {"VLLM_NO_USAGE_STATS": "1", "CUDA_VISIBLE_DEVICES": ""}, **quiet)
+        self.process = subprocess.Popen(command, env=os.environ | {"VLLM_NO_USAGE_STATS": "1"}, **quiet)
 
     def call(self, method, path, body=None):
         connection = http.client.HTTPConnection("localhost")
@@ -953,7 +952,7 @@ class Server:
             connection.request(method, path, json.dumps(body), {"Content-Type": "application/json"})
             return json.loads(connection.getresponse().read() or b"{}")
 
-    def compare(self, conversations, recipe, pairs):
+    def compare(self, conversations, recipe):
         """SystemExit names the first conversation that the server does not turn into its trained token ids."""
         while self.process.poll() is None:
             with contextlib.suppress(OSError, http.client.HTTPException):
@@ -971,7 +970,7 @@ class Server:
             body |= {"chat_template_kwargs": recipe["chat_template_kwargs"]} if recipe.get("chat_template_kwargs") else {}
             answer = self.call("POST", "/tokenize", body)
             ids = answer.get("tokens")
-            if ids is None or ids[: len(entry["ids"])] != entry["ids"] or (not pairs and len(ids) != len(entry["ids"])):
+            if ids != entry["ids"]:
                 why = f"gives other token ids than were trained ({ids})" if ids is not None else f"refuses it ({answer})"
                 fail(f"certificate: conversation {entry['id']!r}: vLLM's tokenize endpoint {why[:300]}")
 
@@ -1096,8 +1095,8 @@ def __getattr__(attribute):
 def fetch(model):
     """Download a model that is named by its hub name, and leave the network alone from here on."""
     if not Path(model).is_dir() and os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0"):
-        command = ["hf", "download", model, "--quiet", "--exclude", "original/*", "*.gguf", "*.pth", "onnx/*"]
-        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+        left_out = [word for pattern in ("original/*", "*.gguf", "*.pth", "onnx/*") for word in ("--exclude", pattern)]
+        if subprocess.run(["hf", "download", model, *left_out], stdout=subprocess.DEVNULL).returncode:
             fail(f"{model}: neither a folder nor a model that can be downloaded; name a folder, or set HF_TOKEN where the model wants one")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -1135,7 +1134,6 @@ def main():
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH")]))
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # it makes every start compile all imports anew
-    os.environ["TQDM_DISABLE"] = "1"  # in Axolotl's processes, whose progress is shown here
     try:
         nodes, rank, endpoint = find_nodes(args)
         model = args.model = args.model or read_yaml(path).get("base_model")
@@ -1145,6 +1143,7 @@ def main():
             if not data.exists():
                 fail(f"{data}: no such file or folder; convert conversations by convert_sft_format.py first")
             fetch(model)
+        os.environ["TQDM_DISABLE"] = "1"  # in libraries and Axolotl's processes, whose progress is shown here
         with QUIET:
             import torch
             import yaml
@@ -1202,7 +1201,7 @@ def main():
         certificate = certify_folder(output, data, known, recipe) | labels
         certificate["sample"] = answer(output, certificate["conversations"][0], stop)
         if server:
-            server.compare(certificate["conversations"], recipe, bool(recipe.get("rl")))
+            server.compare(certificate["conversations"], recipe)
             certificate["vllm"] = server.call("GET", "/version")["version"]
         plot_losses(steps, output / "loss.png")
     QUIET.save(log)
