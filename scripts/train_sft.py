@@ -1153,17 +1153,22 @@ def main():
             processes = args.nproc_per_node or torch.cuda.device_count() or 1
             resolved = resolve(recipe, model, output)
             check_values(resolved, schema, gpus, nodes * processes)
-            memory, total, trainable = check_memory(model, recipe, nodes * processes, gpus, processes, args.force)
     except ValueError as error:
         parser.error(f"{path}: {error}")
     command = launch_command(work / "axolotl.yaml", processes, nodes, rank, endpoint)
     log = work / "axolotl.log"
     resolved = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
+    if not (rank or args.dry_run):
+        vars(args).update({f"recipe {key}": value for key, value in recipe.items()})
+        machine = ("gpus", "dry_run", "force", "no_vllm", "node_rank", "rdzv_endpoint")
+        run = Run("sft", args, [place for place in (model, data) if Path(place).exists()], ignore=machine)
+    with QUIET:
+        memory, total, trainable = check_memory(model, recipe, nodes * processes, gpus, processes, args.force or args.dry_run)
     if args.dry_run:
         print(f"{resolved}# {shlex.join(command)}")
         return
     # Forward and backward take 2 + 4 FLOPs a parameter and token (arXiv 2001.08361), for frozen weights 2 + 2; attention is not counted
-    peak = nodes * sum(next((flops for key, flops in PEAK.items() if key in gpu["name"]), 0) for gpu in gpus)
+    peak = nodes * sum(next((flops for key, flops in PEAK.items() if key in gpu["name"]), 0) for gpu in gpus[:processes])
     progress = Progress(4 * total + 2 * trainable, peak)
     if rank:
         wait_for_first_node(endpoint)
@@ -1171,9 +1176,6 @@ def main():
             fail(f"{work / 'axolotl.yaml'} is not there, though node 0 has begun; name an --output that all nodes share")
         train(command, log.with_suffix(f".{rank}.log"), progress, lambda: None)
         return QUIET.say(f"node {rank} is done; node 0 writes {output}")
-    vars(args).update({f"recipe {key}": value for key, value in recipe.items()})
-    machine = ("gpus", "dry_run", "force", "no_vllm", "node_rank", "rdzv_endpoint")
-    run = Run("sft", args, [place for place in (model, data) if Path(place).exists()], ignore=machine)
     checkpoints = whole_checkpoints(work / "run")
     if work.exists() and not checkpoints:
         shutil.rmtree(work)
