@@ -998,6 +998,22 @@ def answer(output, conversation, stop):
     return {"question": asked[-1]["content"] if asked else "", "answer": text, "stopped": reply[-1] in stop}
 
 
+def export(output, model, recipe, data, known, stop, vllm):
+    """Write the model and return its certificate: its facts, one answer, and vLLM's version when `vllm` was to agree on the token ids."""
+    with contextlib.ExitStack() as end:
+        write_configs(output, model, recipe, stop)
+        if vllm:  # it starts while the weights are written
+            server = Server(output, end.enter_context(open(output / "axolotl" / "axolotl.log", "a", encoding="utf-8")))
+            end.callback(server.stop)
+        write_weights(output, model, recipe)
+        certificate = certify_folder(output, data, known, recipe)
+        certificate |= {"sample": answer(output, certificate["conversations"][0], stop), "vllm": None}
+        if vllm:
+            server.compare(certificate["conversations"], recipe)
+            certificate["vllm"] = server.call("GET", "/version")["version"]
+    return certificate
+
+
 def read_steps(checkpoint):
     """Return (logged steps, losses) of a run from the trainer state of its last checkpoint."""
     history = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
@@ -1193,18 +1209,8 @@ def main():
     train(command, log, progress, lambda: labels.update(certify_labels(*check)))
     seconds = {"train_seconds": round(time.time() - begin, 1)}
     steps, losses = read_steps(whole_checkpoints(work / "run")[-1])
-    with QUIET, contextlib.ExitStack() as end:
-        write_configs(output, model, recipe, stop)
-        server = None
-        if shutil.which("vllm") and not args.no_vllm:  # it starts while the weights are written
-            server = Server(output, end.enter_context(open(log, "a", encoding="utf-8")))
-            end.callback(server.stop)
-        write_weights(output, model, recipe)
-        certificate = certify_folder(output, data, known, recipe) | labels
-        certificate["sample"] = answer(output, certificate["conversations"][0], stop)
-        if server:
-            server.compare(certificate["conversations"], recipe)
-            certificate["vllm"] = server.call("GET", "/version")["version"]
+    with QUIET:
+        certificate = labels | export(output, model, recipe, data, known, stop, shutil.which("vllm") and not args.no_vllm)
         plot_losses(steps, output / "loss.png")
     QUIET.save(log)
     write_json(output / "certificate.json", certificate)

@@ -380,6 +380,22 @@ def test_masked_end_tokens_and_lost_rows_are_found_in_prepared_data(lora, certif
         certify_with(prepared.map(lambda row: {"input_ids": [5, *row["input_ids"][1:]]}, load_from_cache_file=False))
 
 
+@pytest.mark.slow
+def test_a_server_that_sees_other_tokens_fails_the_certificate(lora, load_script, tmp_path, monkeypatch):
+    """vLLM's own front end on a folder whose template is another one than that of the run."""
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = copy_of(lora, tmp_path, tokenizer_config={"chat_template": "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"})
+    with open(tmp_path / "vllm.log", "w") as log:
+        server = load_script(SCRIPT).Server(folder, log)
+        try:
+            with pytest.raises(SystemExit, match=r"conversation 'r0': vLLM's tokenize endpoint gives other token ids"):
+                server.compare(read(folder / "certificate.json")["conversations"], LORA)
+        finally:
+            server.stop()
+    assert server.process.poll() is not None
+
+
 @pytest.fixture
 def prepare(load_script, model, tmp_path):
     """prepare(data, recipe, **changes of the model's JSON files): what is checked before training; returns (counts, output)."""
