@@ -326,6 +326,8 @@ def read_conversations(data, pairs=False):
             for line, raw in enumerate(file, 1):
                 try:
                     row = json.loads(raw)
+                    if "chosen" in row and not pairs:
+                        raise ValueError("a preference pair, and the recipe does not say `rl: dpo`")
                     if pairs:
                         row["messages"] = as_messages(row["messages"] if "messages" in row else row["prompt"], "user")
                         row |= {side: as_messages(row[side], "assistant") for side in ("chosen", "rejected")}
@@ -1037,7 +1039,7 @@ def plot_losses(steps, path):
     axes.grid(alpha=0.3)
     rate = axes.twinx()
     rate.plot(numbers, [float(entry["learning_rate"]) for entry in steps], color="gray", linestyle=":", linewidth=1)
-    rate.set_ylabel("learning rate (dotted)")
+    rate.set(ylabel="learning rate (dotted)", ylim=(0, None))
     with write_atomic(path) as file:
         figure.savefig(file, format="png", dpi=120)
     pyplot.close(figure)

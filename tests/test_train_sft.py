@@ -462,6 +462,7 @@ def test_long_and_untrainable_conversations_are_listed(prepare, tmp_path):
         ('{"messages": [{"role": "assistant", "content": ""}]}', "an assistant's turn is empty"),
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "surrogates not allowed"),
         ('{"messages": [{"role": "user", "content": [1]}]}', "content is not text"),
+        ('{"messages": [{"role": "user", "content": "x"}], "chosen": "y", "rejected": "z"}', "does not say `rl: dpo`"),
     ],
 )
 def test_broken_line_is_named(load_script, even, tmp_path, line, words):
