@@ -48,13 +48,13 @@ named = $(shell sed -n 's/^input: *\[\(.*\)\].*/\1/p' $(R)/$(patsubst eval-%,eva
 newer = $(if $(shell find -L $(call named,$(1)) -newer $(call done,$(1)) -print -quit 2>&1),FORCE)
 run = @echo "== $(notdir $(@D))" >&2; $(PYTHON) scripts/$(1) --config $(R)/$(notdir $(@D)).yaml --output $(@D) --overwrite
 
-.PHONY: FORCE help setup demo all table serve ask pretrain eval-kb test lint lock snippets tidy eval sft-preview bench-sft-data bench-sft
+.PHONY: FORCE help setup demo all table serve ask pretrain sft-preview eval eval-kb bench-sft-data bench-sft test lint lock snippets tidy
 .PHONY: clean-text dedup tokenizer tokens convert serve-pretrained base-model sft-data sft-gen sft kb
 
 help:
 	@awk '/^## /{d=substr($$0,4);next} d&&/ \?= ?/{split($$0,a," [?]= ?");v[++n]=sprintf("  %-10s %-18s %s",a[1],a[2],d)} {d=""} \
 	  /^[a-z-]+:.*## /{split($$0,a,":.*## ");printf "  %-17s %s\n",a[1],a[2]} \
-	  BEGIN{print "make TARGET [VARIABLE=…]\n"} END{print "";for(i=1;i<=n;i++)print v[i]}' $(firstword $(MAKEFILE_LIST))
+	  BEGIN{print "make TARGET [VARIABLE=…]"} END{print "";for(i=1;i<=n;i++)print v[i]}' $(firstword $(MAKEFILE_LIST))
 
 demo: ## the whole chain on a CPU: raw text in, a cited answer out
 	@HF_HUB_OFFLINE=1 $(MAKE) --no-print-directory all RECIPE=demo
@@ -157,12 +157,12 @@ setup: ## build the environment, or mend it
 $(VENV)/stamp.json: $(LOCK) $(wildcard patches/series patches/*/*.patch)
 	$(build)
 
-# Two files at a time (pytest-xdist): much of a test's time is one thread that imports a large package
 bench-sft-data: | $(ENVIRONMENT) ## speed of sft-data beside LLaMA-Factory's and Axolotl's own loading
 	@$(PYTHON) tests/bench/bench_sft_data.py
 bench-sft: $(call done,sft-data) $(BASE) ## what the sft stage adds to the time of `axolotl train`, in pairs of runs
-	@$(PYTHON) tests/bench/bench_sft.py --recipe $(R)/sft.yaml --data $(OUT)/sft-data --model $(or $(MODEL),$(patsubst %/,%,$(dir $(BASE))))
+	@$(PYTHON) tests/bench/bench_sft.py --recipe $(R)/sft.yaml --data $(OUT)/sft-data --model $(MODEL_OF)
 
+# Two files at a time (pytest-xdist): much of a test's time is one thread that imports a large package
 test: lint ## every test, the demo chain among them
 	@$(PYTHON) -m pytest -n 2 --dist loadfile --durations 20
 
