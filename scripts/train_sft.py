@@ -802,6 +802,11 @@ def train(command, log, progress, begun):
         fail(f"Axolotl ended with exit code {child.returncode} ({error or 'no exception in its log'}); all of its words are in {log}")
 
 
+def cpu_seconds():
+    """Return the CPU time of this process and of its children that have ended."""
+    return sum(used.ru_utime + used.ru_stime for used in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+
+
 def write_json(path, value):
     with write_atomic(path, "w") as file:
         json.dump(value, file, ensure_ascii=False, indent=2)
@@ -1206,10 +1211,10 @@ def main():
         file.write(resolved)
     if checkpoints:
         QUIET.say(f"going on from {checkpoints[-1]}")
-    begin = time.time()
+    begin = time.time(), cpu_seconds()
     check = (output, tokenizer, stop, known, bool(recipe.get("rl")))
     train(command, log, progress, lambda: labels.update(certify_labels(*check)))
-    seconds = {"train_seconds": round(time.time() - begin, 1)}
+    seconds = {"train_seconds": round(time.time() - begin[0], 1), "train_cpu_seconds": round(cpu_seconds() - begin[1], 1)}
     steps, losses = read_steps(whole_checkpoints(work / "run")[-1])
     with QUIET:
         certificate = labels | export(output, model, recipe, data, known, stop, shutil.which("vllm") and not args.no_vllm)

@@ -64,7 +64,8 @@ def measure(args, folder):
     resolved |= {"output_dir": str(folder / "run"), "dataset_prepared_path": str(folder / "prepared")}
     (folder / "axolotl.yaml").write_text(yaml.safe_dump({k: v for k, v in resolved.items() if v is not None}), encoding="utf-8")
     pair["axolotl"] = timed(["axolotl", "train", folder / "axolotl.yaml", "--launcher", "python"], folder / "axolotl.log")
-    pair["training"] = json.loads((output / "manifest.json").read_text(encoding="utf-8"))["metrics"]["train_seconds"]
+    metrics = json.loads((output / "manifest.json").read_text(encoding="utf-8"))["metrics"]
+    pair["training"] = metrics["train_seconds"], metrics["train_cpu_seconds"]
     return pair
 
 
@@ -89,18 +90,18 @@ def main():
         with tempfile.TemporaryDirectory(prefix="bench-sft-") as folder:
             pairs.append(measure(args, Path(folder)))
         print(f"bench_sft: pair {number} of {args.pairs}: {pairs[-1]}", file=sys.stderr)
-    middle = {key: [round(statistics.median(pair[key][i] for pair in pairs), 1) for i in (0, 1)] for key in ("ours", "axolotl")}
-    training = statistics.median(pair["training"] for pair in pairs)
-    added = statistics.median(pair["training"] / pair["axolotl"][0] - 1 for pair in pairs)
-    fixed = statistics.median(pair["ours"][0] - pair["training"] for pair in pairs)
+    middle = {key: [statistics.median(pair[key][i] for pair in pairs) for i in (0, 1)] for key in ("ours", "axolotl", "training")}
+    added = [statistics.median(pair["training"][i] / pair["axolotl"][i] - 1 for pair in pairs) for i in (0, 1)]
     if args.json:
-        print(json.dumps({"pairs": pairs, "median": middle, "training_seconds": training, "added_share": added, "fixed_seconds": fixed}))
+        print(json.dumps({"pairs": pairs, "median": middle, "added_share": added}))
         return
+    rest = [ours - training for ours, training in zip(middle["ours"], middle["training"], strict=True)]
     print("| | wall s | CPU s |\n|---|---|---|")
-    print(f"| axolotl train | {middle['axolotl'][0]} | {middle['axolotl'][1]} |")
-    print(f"| train_sft.py, its training alone | {training} ({added:+.1%}) | |")
-    print(f"| train_sft.py, checks, merge and certificate | {fixed:.1f} | |")
-    print(f"| train_sft.py, all of it | {middle['ours'][0]} | {middle['ours'][1]} |")
+    print("| axolotl train | {:.1f} | {:.1f} |".format(*middle["axolotl"]))
+    cells = [f"{seconds:.1f} ({share:+.1%})" for seconds, share in zip(middle["training"], added, strict=True)]
+    print(f"| train_sft.py, its training alone | {' | '.join(cells)} |")
+    print("| train_sft.py, checks, merge and certificate | {:.1f} | {:.1f} |".format(*rest))
+    print("| train_sft.py, all of it | {:.1f} | {:.1f} |".format(*middle["ours"]))
 
 
 if __name__ == "__main__":
