@@ -1057,7 +1057,6 @@ def training_plugin():
     without a GPU for one process; both ask for nccl; DeepSpeed compiles C++ for minutes for what gloo does as well.
     """
     import torch
-    import trl.trainer.base_trainer
     from axolotl.integrations.base import BasePlugin
     from transformers import TrainerCallback
 
@@ -1078,6 +1077,8 @@ def training_plugin():
         def register(self, cfg):
             die_with_parent()
             if cfg.get("rl"):  # TRL 1.9 asks trackio for an address as it saves, and that cannot be imported beside huggingface_hub 1.33
+                import trl.trainer.base_trainer
+
                 trl.trainer.base_trainer.get_trackio_space_url = lambda: None
             if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available():
                 train_on_cpu()
