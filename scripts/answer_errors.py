@@ -1,7 +1,7 @@
 #!/usr/bin/env -S uv run --script
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["openai>=3", "pymilvus>=3", "pyyaml>=6", "sentence-transformers>=5", "tqdm>=4.66"]
+# dependencies = ["openai>=3", "pymilvus>=3", "pyyaml>=6", "sentence-transformers>=5", "tqdm>=4.66", "transformers>=5"]
 # ///
 """Answer an error message, a traceback or a log from the knowledge base, in the question's language, with the records that prove it.
 
@@ -391,9 +391,10 @@ def load_embedder(name):
         path = next((str(file.parent) for root in roots for file in sorted(Path(root).rglob("modules.json"))), name)
     if Path(path).is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing to fetch, and some imports would ask the hub for kernels
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     from sentence_transformers import SentenceTransformer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     try:
         model = SentenceTransformer(path)
     except (OSError, ValueError) as error:

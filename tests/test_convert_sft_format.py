@@ -1256,7 +1256,7 @@ def test_a_date_is_explained(run_script, tmp_path):
 
     columns = {"instruction": ["q"], "output": ["a"], "at": [datetime.datetime(2024, 1, 1)]}
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "dates.parquet")
-    done = run_script(SCRIPT, "--input", tmp_path / "dates.parquet", "--explain", "1")
+    done = run_script(SCRIPT, "--input", tmp_path / "dates.parquet", "--explain", "1", env={"COLUMNS": "200"})
     assert done.returncode == 0, done.stderr
     assert "2024-01-01" in done.stdout and "value without a JSON form (datetime)" in done.stdout
 

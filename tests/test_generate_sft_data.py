@@ -266,7 +266,8 @@ def test_a_killed_run_goes_on(serve, work, run_script):
     assert "another process writes" in second.stderr
     process.send_signal(signal.SIGKILL)
     process.wait()
-    process = subprocess.Popen(list(map(str, command)), env=clean_environment(), stderr=subprocess.PIPE, text=True)
+    default = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a shell in the background has it ignored
+    process = subprocess.Popen(list(map(str, command)), env=clean_environment(), stderr=subprocess.PIPE, text=True, **default)
     process.stderr.readline()
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)

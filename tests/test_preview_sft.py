@@ -93,7 +93,7 @@ def test_labels_are_those_of_axolotls_prepared_data(template, load_script, here,
         file.writelines(json.dumps(row) + "\n" for row in ROWS)
     train.prepare(data, *train.load_tokenizer(str(model), recipe), recipe, output)
     resolved = output / "axolotl.yaml"
-    resolved.write_text(yaml.safe_dump(train.resolve(recipe, str(model), output, [])), encoding="utf-8")
+    resolved.write_text(yaml.safe_dump(train.resolve(recipe, str(model), output) | {"plugins": []}), encoding="utf-8")
     cfg = load_cfg(str(resolved))
     prepared = prepare_datasets(cfg, load_tokenizer(cfg))[0]
     expected = sorted((tuple(row["input_ids"]), tuple(row["labels"])) for row in prepared)
