@@ -11,8 +11,8 @@ unset PYTHONDONTWRITEBYTECODE
 export PYTHONUNBUFFERED="${PYTHONUNBUFFERED:-1}"
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 
-# Threads that wait by spinning make every stage ten times slower as soon as a neighbour uses one of the cores
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
+# A thread spins shortly and then sleeps: by default it spins on, and beside a busy neighbour every stage is many times slower
+export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-1000}"
 
 # Nothing phones home
 export AXOLOTL_DO_NOT_TRACK="${AXOLOTL_DO_NOT_TRACK:-1}"
