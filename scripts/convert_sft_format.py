@@ -34,6 +34,7 @@ Reads   .jsonl, .json (array), .csv, .parquet, .txt, each plain, .gz or .zst; fo
 Writes  OUTPUT/data.jsonl; rejected.jsonl {file, line, reason, remedy, raw}; losses.jsonl {file, line, id, field, value, reason}, found by
         reading each row back as it was written; manifest.json, last. `--output -`: data on stdout, both ledgers on stderr.
         Every record ends in data or in rejected. Unknown keys go along; null, [] and "" in an optional field count as absent.
+        A table's dates and decimals are written as texts.
         `id` and `source` are kept, or else a hash of source and turns, and the file's name.
 Exit    0 done or up to date; 1 failed, or --strict met a loss or reject; 2 bad usage; 3 refused: OUTPUT holds another run, or the
         format is in doubt.
@@ -44,6 +45,8 @@ import argparse
 import codecs
 import contextlib
 import csv
+import datetime
+import decimal
 import gc
 import gzip
 import hashlib
@@ -122,7 +125,7 @@ REMEDIES = {
     "lone surrogate": "half of a character was cut off, or the file is not UTF-8 (iconv -f GB18030 -t UTF-8): mend the text",
     "duplicate key": "keep one of the two",
     "number beyond 64 bits": "write it as a string",
-    "value without a JSON form": "text must be UTF-8; write dates, decimals and bytes as texts, or leave the column out",
+    "value without a JSON form": "text must be UTF-8; write bytes and durations as texts, or leave the column out",
     "nested too deeply": "flatten the record",
     "record is not an object": "write one JSON object a record",
     "more cells than columns": "quote the cell that holds a comma",
@@ -372,12 +375,23 @@ def nested(value):
 
 
 def leaves(value):
-    """Yield every scalar inside a JSON value."""
+    """Yield every scalar inside a JSON value, and every key."""
     if isinstance(value, (dict, list)):
+        yield from value if isinstance(value, dict) else ()
         for item in value.values() if isinstance(value, dict) else value:
             yield from leaves(item)
     else:
         yield value
+
+
+def rounded(text, value):
+    """Return a note for each number of a JSON text that its value, as it was read, holds only rounded."""
+    if not any(isinstance(leaf, float) for leaf in leaves(value)):
+        return []
+    exact = json.loads(text, parse_float=decimal.Decimal)
+    found = [item for item in differences(exact, value) if isinstance(item[1], decimal.Decimal)]
+    found = [(field, number) for field, number in found if number != decimal.Decimal(repr(float(number)))]
+    return [(field, str(number), "a number of JSON holds about 17 digits") for field, number in found]
 
 
 def elements(text):
@@ -596,6 +610,8 @@ def read_segments(row, notes):
 def read_trl(row, notes):
     """Take the turns out of a TRL row: messages; prompt and completion; or prompt, chosen and rejected, each a text or turns."""
     prompt, done, two = row.pop("prompt", None), answers(row.pop("completion", None)), pair(row)
+    if two and row.get("messages") == two["chosen"]:  # as UltraFeedback has them: the chosen conversation, for training without pairs
+        del row["messages"]
     if two and done not in (None, []):
         raise Reject("completion beside chosen and rejected")
     if not two and done in (None, []):
@@ -1080,6 +1096,7 @@ def convert(raw, form, target, source, names=None, pairs="keep"):
         if made := quick(None if names or table else raw, row, form, target, source):
             return [made]
         talk, notes = read(row if names or table else parse(raw), form)
+        notes += [] if table else rounded(raw, loads(raw))
         check(talk)
         check_values(talk)
         made = []
@@ -1228,7 +1245,9 @@ def table_items(path, file):
     def prune(value):
         if isinstance(value, dict):
             return {key: prune(item) for key, item in value.items() if item not in absent}
-        return [prune(item) for item in value] if isinstance(value, list) else value
+        if isinstance(value, (datetime.date, datetime.time)):
+            return value.isoformat()
+        return [prune(item) for item in value] if isinstance(value, list) else str(value) if isinstance(value, decimal.Decimal) else value
 
     if file:
         csv.field_size_limit(1 << 30)
@@ -1279,6 +1298,8 @@ def shapes(row):
     """Return (format, names) for each format whose fields a row has; `names` maps the file's names to those of the format."""
     keys = row.keys() if isinstance(row, dict) else set()
     two, found = {"chosen", "rejected"} <= keys, []
+    if two and "prompt" in keys and isinstance(row["chosen"], list):
+        return [("trl", {})]
     if "messages" in keys:
         swift = "rejected_response" in keys or re.search(r"\W(tool_call|tool_response)\W", str(row["messages"]))
         found = ["swift" if swift else "messages" if two else "openai"]
@@ -1456,12 +1477,13 @@ def main():
                         note(lossy, f"{field} is lost ({reason})", entry)
         for sink in sinks:
             sink.flush()
-    summary = f"kept {kept} of {total} conversations, {fields.total()} losses"
+    rows = f" as {kept} rows" if kept != total - refused else ""
+    summary = f"kept {total - refused} of {total} conversations{rows}, {fields.total()} losses"
     if stdout:
         print(f"sft-data: {summary}", file=sys.stderr)
         return
     run.digests |= {str(run.output / name): sink.sha.hexdigest() for name, sink in zip(FILES, sinks, strict=True)}
-    counts = {"records": total, "kept": kept, "rejected": refused, "losses": fields.total()}
+    counts = {"records": total, "kept": total - refused, "rejected": refused, "losses": fields.total()}
     mapped = {str(path): {"format": form, "names": names} for path, form, names, _ in plan}
     metrics = {"from": formats, "mapping": mapped, "turns": roles, "rejected": reasons, "losses": fields}
     run.finish(summary, counts, metrics, dict(zip(FILES, (kept, refused, fields.total()), strict=True)))

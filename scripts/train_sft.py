@@ -39,6 +39,7 @@ import ctypes
 import hashlib
 import http.client
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import os
@@ -1116,12 +1117,21 @@ def __getattr__(attribute):
     raise AttributeError(attribute)
 
 
-def fetch(model):
-    """Download a model that is named by its hub name, and leave the network alone from here on."""
+# FlashAttention may be missing where there is no GPU to use it
+HAS_FLASH = """import torch, transformers.utils as utils
+raise SystemExit(torch.cuda.is_available() and not utils.is_flash_attn_2_available(kernels_fallback_ok=True))"""
+
+
+def fetch(model, recipe):
+    """Download a model that is named by its hub name, and FlashAttention's kernel; leave the network alone from here on."""
     if not Path(model).is_dir() and os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0"):
         left_out = [word for pattern in ("original/*", "*.gguf", "*.pth", "onnx/*") for word in ("--exclude", pattern)]
         if subprocess.run(["hf", "download", model, *left_out], stdout=subprocess.DEVNULL).returncode:
             fail(f"{model}: neither a folder nor a model that can be downloaded; name a folder, or set HF_TOKEN where the model wants one")
+    looked = recipe.get("attn_implementation") == "flash_attention_2" and not importlib.util.find_spec("flash_attn")
+    if looked and subprocess.run([sys.executable, "-c", HAS_FLASH], capture_output=True).returncode:
+        ways = "pip install flash-attn --no-build-isolation, or set attn_implementation: sdpa without sample_packing"
+        fail(f"flash_attention_2 is not installed, and its kernel is not to be had from the hub; {ways}")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
@@ -1166,7 +1176,7 @@ def main():
         if not args.dry_run:
             if not data.exists():
                 fail(f"{data}: no such file or folder; convert conversations by convert_sft_format.py first")
-            fetch(model)
+            fetch(model, read_yaml(path))
         os.environ["TQDM_DISABLE"] = "1"  # in libraries and Axolotl's processes, whose progress is shown here
         with QUIET:
             import torch

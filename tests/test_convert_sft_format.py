@@ -1248,17 +1248,64 @@ def test_odd_rows_end_in_no_traceback_before_the_first_is_converted(run_script, 
     assert twice.returncode == 2 and "stands twice" in twice.stderr
 
 
-def test_a_date_is_explained(run_script, tmp_path):
+def test_a_table_keeps_its_dates_and_decimals(run_script, tmp_path):
     import datetime
+    import decimal
 
     import pyarrow
     import pyarrow.parquet
 
-    columns = {"instruction": ["q"], "output": ["a"], "at": [datetime.datetime(2024, 1, 1)]}
+    columns = {
+        "instruction": ["q"] * 2,
+        "output": ["a"] * 2,
+        "at": [datetime.datetime(2024, 1, 1, 5), None],
+        "cost": [decimal.Decimal("1.20")] * 2,
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "dates.parquet")
+    done = run_script(SCRIPT, "--input", tmp_path / "dates.parquet", "--output", "-")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row.get("at"), row["cost"]) for row in rows] == [("2024-01-01T05:00:00", "1.20"), (None, "1.20")], done.stderr
+    columns |= {"wait": [datetime.timedelta(1)] * 2}
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "dates.parquet")
     done = run_script(SCRIPT, "--input", tmp_path / "dates.parquet", "--explain", "1", env={"COLUMNS": "200"})
-    assert done.returncode == 0, done.stderr
-    assert "2024-01-01" in done.stdout and "value without a JSON form (datetime)" in done.stdout
+    assert done.returncode == 0 and "value without a JSON form (timedelta)" in done.stdout, done.stderr
+
+
+def test_a_number_with_too_many_digits_is_in_the_ledger(module):
+    row = {"messages": [user("q"), answer("a")], "scores": {"exact": 0.1, "long": "LONG"}}
+    raw = json.dumps(row).replace('"LONG"', "0.33333333333333333333").encode()
+    ((_, talk, lost),) = module.convert(raw, "openai", "messages", "x")
+    assert talk["scores"] == {"exact": 0.1, "long": 1 / 3}
+    assert lost == [("scores.long", "0.33333333333333333333", "a number of JSON holds about 17 digits")]
+    raw = json.dumps({"messages": [user("q"), called('{"x": 0.33333333333333333333}')]}).encode()
+    assert [lost for _, _, lost in module.convert(raw, "openai", "messages", "x")] == [[]]
+    ((_, _, lost),) = module.convert(raw, "openai", "trl", "x")
+    assert lost == [("messages[1].tool_calls[0].function.arguments", '{"x": 0.33333333333333333333}', "trl has no place for it")]
+
+
+def called(arguments):
+    return answer(None, tool_calls=[{"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}])
+
+
+def test_a_special_token_as_a_key_is_refused(module):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"<|im_end|>": {}}}}
+    for arguments, tools in (('{"<|im_end|>": 1}', []), ("{}", [tool])):
+        raw = json.dumps({"messages": [user("q"), called(arguments)], "tools": tools}).encode()
+        with pytest.raises(module.Reject, match="special token in the text"):
+            module.convert(raw, "openai", "messages", "x")
+
+
+def test_pairs_beside_the_chosen_conversation(run_script, tmp_path):
+    """UltraFeedback's rows: prompt as a text, chosen and rejected as whole conversations, messages equal to chosen."""
+    better, worse = [user("q"), answer("a")], [user("q"), answer("b")]
+    row = {"prompt": "q", "prompt_id": "7", "chosen": better, "rejected": worse, "messages": better, "score_chosen": 8.5}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    done = run_script(SCRIPT, "--input", tmp_path / "pairs.jsonl", "--output", tmp_path / "out")
+    assert done.returncode == 0 and "kept 1 of 1 conversations, 0 losses" in done.stderr, done.stderr
+    got = json.loads((tmp_path / "out/data.jsonl").read_text())
+    assert (got["messages"], got["chosen"], got["rejected"]) == ([user("q")], [answer("a")], [answer("b")])
+    done = run_script(SCRIPT, "--input", tmp_path / "pairs.jsonl", "--pairs", "label", "--output", tmp_path / "two")
+    assert "kept 1 of 1 conversations as 2 rows, 0 losses" in done.stderr, done.stderr
 
 
 def test_a_label_that_pairs_overwrites_is_in_the_ledger(module):

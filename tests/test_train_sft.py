@@ -663,3 +663,14 @@ def test_nodes_come_from_flags_or_from_slurm(load_script, monkeypatch):
         *("--rdzv_backend", "static", "--rdzv_endpoint", "gpu03:23456", "--rdzv_id", "sft"),
     ]
     assert script.launch_command("c.yaml", 1, 1, 0, None)[3:] == ["--launcher", "python"]
+
+
+def test_flash_attention_is_looked_for_before_the_network_is_left_alone(load_script, monkeypatch, tmp_path):
+    module, recipe = load_script("train_sft.py"), {"attn_implementation": "flash_attention_2"}
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    module.fetch(str(tmp_path), recipe)  # no GPU: nothing to look for
+    on_a_gpu = "import torch; torch.cuda.is_available = lambda: True\n"
+    monkeypatch.setattr(module, "HAS_FLASH", on_a_gpu + module.HAS_FLASH)
+    with pytest.raises(SystemExit, match="pip install flash-attn"):
+        module.fetch(str(tmp_path), recipe)
+    module.fetch(str(tmp_path), {"attn_implementation": "sdpa"})
