@@ -3,52 +3,94 @@
 # requires-python = ">=3.11"
 # dependencies = []
 # ///
-"""Mend installed packages by the patches of a folder, and undo it: by hash, all or nothing.
+"""Mend installed packages by the patches of a folder, prove it, and undo it: by hash, all or nothing.
 
 Usage:
     python scripts/patch_packages.py status
-    python scripts/patch_packages.py apply --python .venv/bin/python
-    python scripts/patch_packages.py revert --python .venv/bin/python
+    python scripts/patch_packages.py check --python ~/old-env/bin/python
+    python scripts/patch_packages.py apply --python ~/old-env/bin/python vllm mmh3
+    python scripts/patch_packages.py verify
+    python scripts/patch_packages.py revert
 
 Reads   PATCHES/series: one `PACKAGE/NNNN-slug.patch` a line, in order of application. A patch is a unified diff, paths
         relative to site-packages, below a DEP-3 header with these fields of its own:
           X-Package   distribution that is patched
           X-Versions  its versions, as in requirements: >=0.6,<0.7
-          X-Env       any; or conditions joined by `;`: cpu, cuda (torch's build), torch>=2.6
-          X-Sha256    one line a file: PATH BEFORE AFTER; BEFORE is `-` for a file that the patch creates
+          X-Env       any; or conditions joined by `;`: cpu, cuda (torch's build), torch>=2.6, python>=3.10
+          X-Kind      installed (without it): the diff is of installed files
+                      sdist: it is of the source distribution, which is fetched, patched, built and put in place
+                      cache, pin: no diff; a stale cache is cleared, or another release must be installed
+          X-Sha256    one line a file: PATH BEFORE AFTER; BEFORE is `-` for a file that the patch creates. Further lines
+                      of a PATH are for releases whose file differs: there a hunk goes where its text stands, if only once
+          X-Probe     Python source that fails without the patch and passes with it; ` .` is an empty line
+          X-Raises    how it fails: ExceptionName: regular expression
+          X-Sdist     archive and its SHA-256: NAME-VERSION.tar.gz HASH
+          X-Cache     whose cache: triton
+          X-Pin       requirement to install in its place
 Writes  The packages' files (new ones, put in place: what is hard-linked to an installer's cache stays as it was), their
-        RECORD and bytecode; PREFIX/applied-patches.json, and PREFIX/.patches/ with the originals. The next run undoes
-        what an interrupted one began. On stdout a line for each patch and its state:
+        RECORD and bytecode; PREFIX/applied-patches.json, and PREFIX/.patches/ with the originals and built wheels. The next
+        run undoes what an interrupted one began. On stdout a line for each patch and its state:
           applicable, applied            the files are as the patch expects them, before or after
+          pin                            no patch can help: the line names the release that does
           not-installed, not-affected    nothing to mend here
           upstream-fixed                 the installed release holds the change already
           conflict, foreign-modified     the release, or somebody's edit, differs from what the patch was made for
-Exit    0 done, or nothing to do; 1 a patch or the environment cannot be read; 2 usage; 3 refused, nothing was changed.
-Needs   The standard library alone, since it runs while an environment is being built; packaging or pip in that environment.
+Exit    0 done, or nothing to do; 1 a patch or the environment cannot be read, a build failed, check found something to mend,
+        or verify a patch that is not as it was left; 2 usage; 3 refused and nothing changed, or a pin that remains.
+Needs   The standard library alone, since it runs while an environment is being built; in the environment packaging, pip or
+        ensurepip. For kind sdist the package registry, a compiler and Python's headers.
 """
 
 import argparse
+import ast
 import base64
 import contextlib
 import csv
 import fcntl
+import getpass
 import hashlib
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
+import warnings
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-FIELDS = {"Description", "Origin", "Bug", "Forwarded", "Applied-Upstream", "X-Package", "X-Versions", "X-Env", "X-Sha256", "X-Verified-By"}
-OPTIONAL = {"Bug", "Applied-Upstream", "X-Verified-By"}
+REQUIRED = {"Description", "Origin", "Forwarded", "X-Package", "X-Versions", "X-Env"}
+OPTIONAL = {"Bug", "Applied-Upstream", "X-Verified-By", "X-Kind"}
+KINDS = {  # X-Kind: the fields that it must have
+    "installed": {"X-Sha256"},
+    "sdist": {"X-Sha256", "X-Sdist", "X-Probe", "X-Raises"},
+    "cache": {"X-Cache"},
+    "pin": {"X-Pin", "X-Probe", "X-Raises"},
+}
+FIELDS = REQUIRED | OPTIONAL | set().union(*KINDS.values())
+CACHES = {  # X-Cache: (variable that names a folder, folder without it, compiled extensions below it)
+    "triton": (
+        ("TRITON_CACHE_DIR", "~/.triton/cache", "*/*.so"),
+        ("TRITON_HOME", "~", ".triton/cache/*/*.so"),
+        ("TORCHINDUCTOR_CACHE_DIR", "$TMPDIR/torchinductor_$USER", "triton/*/*/*.so"),
+        ("VLLM_CACHE_ROOT", "~/.cache/vllm", "torch_compile_cache/**/triton_cache/*/*.so"),
+    ),
+}
 NAME = re.compile(r"([A-Za-z0-9][\w.-]*)/(\d{4}-[a-z0-9][a-z0-9.-]*)\.patch", re.ASCII)
 TARGET = re.compile(r"(?!.*(?:^|/)\.)[\w.+-]+(?:/[\w.+-]+)*", re.ASCII)
 HUNK = re.compile(rb"@@ -(\d{1,7})(?:,(\d{1,7}))? \+(\d{1,7})(?:,(\d{1,7}))? @@(?: .*)?\n?")
+SDIST = re.compile(r"([A-Za-z0-9][\w.]*(?:-[A-Za-z][\w.]*)*-\d[\w.+!]*)\.tar\.gz ([0-9a-f]{64})", re.ASCII)
 LARGEST = 1 << 20  # bytes of a patch file
+PATIENCE = 600  # seconds that a probe may take
 PROBE = r"""
-import importlib.metadata as metadata, json, re, sys
+import importlib.metadata as metadata, importlib.util, json, os, platform, re, site, sys, sysconfig
+if not importlib.util.find_spec("packaging") and not importlib.util.find_spec("pip"):
+    import ensurepip, glob
+    sys.path += glob.glob(os.path.join(os.path.dirname(ensurepip.__file__), "_bundled", "pip-*.whl"))
 try:
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
@@ -57,6 +99,8 @@ except ImportError:
     from pip._vendor.packaging.specifiers import SpecifierSet
 
 def version(name):
+    if name == "python":
+        return platform.python_version()
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -85,10 +129,11 @@ for package, versions, conditions in json.load(sys.stdin):
         "affected": wanted.contains(dist.version, prereleases=True) and not unmet,
         "reason": f"needs {unmet[0]}" if unmet else f"{dist.version} is not in {versions}",
         "root": str(dist.locate_file("")),
+        "user": os.path.realpath(str(dist.locate_file(""))) == os.path.realpath(site.getusersitepackages()),
         "record": [str(f.locate()) for f in dist.files or () if f.match("*.dist-info/RECORD")],
         "editable": json.loads(dist.read_text("direct_url.json") or "{}").get("dir_info", {}).get("editable", False),
     })
-print(json.dumps({"prefix": sys.prefix, "answers": answers}))
+print(json.dumps({"prefix": sys.prefix, "abi": sysconfig.get_config_var("EXT_SUFFIX"), "answers": answers}))
 """
 
 
@@ -118,11 +163,14 @@ class RefusedError(Exception):
 
 @dataclass
 class Change:
-    """A patch's effect on one file: SHA-256 before and after ("-": no file), and hunks (first line, old lines, new lines)."""
+    """A patch's effect on one file: {SHA-256 before: after} ("-": no file), and hunks (first line, old lines, new lines)."""
 
-    before: str
-    after: str
+    hashes: dict
     hunks: list
+
+    @property
+    def creates(self):
+        return "-" in self.hashes
 
 
 @dataclass
@@ -137,6 +185,10 @@ class Patch:
     @property
     def package(self):
         return normal(self.fields["X-Package"])
+
+    @property
+    def kind(self):
+        return self.fields.get("X-Kind", "installed")
 
 
 def normal(name):
@@ -163,12 +215,34 @@ def parse_fields(text):
             name = match[1]
             fields[name] = match[2].strip()
         elif line[:1] == " " and name:
-            fields[name] += "\n" + line.strip()
+            fields[name] += "\n" + ("" if line == " ." else line[1:].rstrip())
         else:
             raise ValueError(f"line {number}: neither a new field of the header nor the diff's first line (--- a/PATH)")
-    for name in sorted(FIELDS - OPTIONAL):
+    kind = fields.get("X-Kind", "installed")
+    if kind not in KINDS:
+        raise ValueError(f"X-Kind {kind!r} is none of {', '.join(KINDS)}")
+    for name in sorted(REQUIRED | KINDS[kind]):
         if not fields.get(name):
             raise ValueError(f"the header lacks {name}")
+    if alien := fields.keys() - REQUIRED - OPTIONAL - KINDS[kind] - ({"X-Probe", "X-Raises"} if kind == "installed" else set()):
+        raise ValueError(f"a patch of kind {kind} has no {min(alien)}")
+    if ("X-Probe" in fields) != ("X-Raises" in fields):
+        raise ValueError("X-Probe and X-Raises come together")
+    if "X-Probe" in fields:
+        if not re.fullmatch(r"[A-Za-z_][\w.]*: \S.*", fields["X-Raises"]):
+            raise ValueError("X-Raises is not `ExceptionName: regular expression`, on one line")
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                re.compile(fields["X-Raises"].partition(": ")[2])
+                ast.parse(fields["X-Probe"])
+        except (re.error, SyntaxError, RecursionError, MemoryError, OverflowError) as error:
+            raise ValueError(f"X-Probe or X-Raises: {str(error).splitlines()[:1]}") from None
+    if kind == "sdist" and not SDIST.fullmatch(fields["X-Sdist"]):
+        raise ValueError("X-Sdist is not `NAME-VERSION.tar.gz SHA256`")
+    if kind == "cache" and fields["X-Cache"] not in CACHES:
+        raise ValueError(f"X-Cache is none of {', '.join(CACHES)}")
+    if kind == "pin" and "\n" in fields["X-Pin"]:
+        raise ValueError("X-Pin is more than one line")
     return fields
 
 
@@ -211,18 +285,19 @@ def parse_patch(name, data):
     if b"\r" in data or b"\0" in data:
         raise ValueError("carriage returns or NUL bytes in it; a patch has plain LF line ends")
     head, mark, diff = data.partition(b"\n--- ")
-    if not mark:
-        raise ValueError("no diff in it")
-    fields = parse_fields(head.decode("utf-8"))
-    hunks, hashes = parse_diff(b"--- " + diff, head.count(b"\n") + 2), {}
-    for line in filter(None, fields["X-Sha256"].split("\n")):
+    fields, hunks, hashes = parse_fields(head.decode("utf-8").removesuffix("\n")), {}, {}
+    if mark or "X-Sha256" in fields:
+        if not mark or "X-Sha256" not in fields:
+            raise ValueError("no diff in it" if not mark else f"a patch of kind {fields['X-Kind']} has no diff")
+        hunks = parse_diff(b"--- " + diff, head.count(b"\n") + 2)
+    for line in filter(None, fields.get("X-Sha256", "").split("\n")):
         match = re.fullmatch(r"(\S+) (-|[0-9a-f]{64}) ([0-9a-f]{64})", line)
-        if not match or match[1] in hashes or match[2] == match[3]:
+        if not match or match[2] == match[3] or match[2] in hashes.get(match[1], ()) or "-" in hashes.get(match[1], ()):
             raise ValueError(f"X-Sha256 has a line that is not `PATH BEFORE AFTER`: {line!r}")
-        hashes[match[1]] = match.groups()[1:]
+        hashes.setdefault(match[1], {})[match[2]] = match[3]
     if hashes.keys() != hunks.keys():
         raise ValueError(f"X-Sha256 and the diff name different files: {', '.join(sorted(hashes.keys() ^ hunks.keys()))}")
-    patch = Patch(name, digest(data), fields, {path: Change(*hashes[path], hunks[path]) for path in hunks})
+    patch = Patch(name, digest(data), fields, {path: Change(hashes[path], hunks[path]) for path in hunks})
     if patch.package != normal(name.partition("/")[0]):
         raise ValueError(f"X-Package {fields['X-Package']!r} is not the folder's name")
     return patch
@@ -240,6 +315,26 @@ def apply_hunks(data, hunks):
     return b"".join(out + lines[at:])
 
 
+def moved(data, hunks):
+    """Return the hunks, each at the only place where its old lines stand in `data`; none where there is no such place, or a second."""
+    lines, found = lines_of(data), []
+    for _, before, after in hunks:
+        places = [at for at in range(len(lines)) if before and lines[at : at + len(before)] == before]
+        found += [(at + 1, before, after) for at in places if len(places) == 1]
+    return found if len(found) == len(hunks) else []
+
+
+def changed(data, change):
+    """Return a file's bytes (None: no file) as the change leaves them; None unless they come out as its hashes say. The hunks' lines
+    are those of the release that the first hash is of."""
+    before, elsewhere = digest(data), moved(data or b"", change.hunks)
+    for hunks in [change.hunks] if before == next(iter(change.hashes)) else [change.hunks, elsewhere]:
+        new = apply_hunks(data or b"", hunks)
+        if digest(new) == change.hashes.get(before):
+            return new
+    return None
+
+
 def read_patches(folder):
     """Return the patches of folder/series, in its order; SystemExit names the file that cannot be taken."""
     at, patches = folder / "series", []
@@ -253,6 +348,9 @@ def read_patches(folder):
             if not NAME.fullmatch(name) or at.is_symlink() or not at.is_file():
                 raise ValueError("not a regular file named PACKAGE/NNNN-slug.patch")
             patches.append(parse_patch(name.removesuffix(".patch"), at.read_bytes()))
+            others = [patch for patch in patches if patch.package == patches[-1].package and patch.changes]
+            if len(others) > 1 and "sdist" in [patch.kind for patch in others]:
+                raise ValueError("a package that is built anew has one patch with a diff; put them into one")
     except (OSError, ValueError) as error:
         raise SystemExit(f"patch_packages: {at}: {getattr(error, 'strerror', None) or error}; mend it, or name another --patches") from None
     return patches
@@ -295,18 +393,63 @@ class Environment:
     def __init__(self, python, patches):
         """Ask the environment's own interpreter; SystemExit when it does not answer."""
         questions = [(patch.package, patch.fields["X-Versions"], patch.fields["X-Env"]) for patch in patches]
+        self.python, self.probed = Path(shutil.which(python) or python).absolute(), {}
+        asked = None
         try:
-            asked = subprocess.run([python, "-I", "-c", PROBE], input=json.dumps(questions), capture_output=True, text=True)
+            asked = self.run(PROBE, json.dumps(questions))
             answer = json.loads(asked.stdout.splitlines()[-1])
-            self.python, self.prefix, answers = python, Path(answer["prefix"]), answer["answers"]
-        except (OSError, ValueError, TypeError, LookupError) as error:
-            why = getattr(error, "strerror", None) or (asked.stderr.strip().splitlines() or ["no answer"])[-1]
-            raise SystemExit(f"patch_packages: {python}: {why}; --python must be Python 3.8 or newer that has packaging or pip") from None
+            self.prefix, self.abi, answers = Path(answer["prefix"]), answer["abi"], answer["answers"]
+        except (OSError, ValueError, TypeError, LookupError, subprocess.TimeoutExpired) as error:
+            why = getattr(error, "strerror", None) or (asked.stderr.strip().splitlines() if asked else ["no answer"])[-1:]
+            ways = "--python must be Python 3.8 or newer that has packaging, pip or ensurepip"
+            raise SystemExit(f"patch_packages: {python}: {''.join(why) or 'no answer'}; {ways}") from None
         self.store, self.journal, self.state = (self.prefix / p for p in (".patches", ".patches/journal.json", "applied-patches.json"))
         self.about = dict(zip((patch.name for patch in patches), answers, strict=True))
         for name, about in self.about.items():
             if "error" in about:
                 raise SystemExit(f"patch_packages: {name}.patch: X-Versions or X-Env: {about['error']}")
+
+    def run(self, code, text=None):
+        """Run code in the environment, in an empty folder and without PYTHON… settings; return CompletedProcess. TimeoutExpired
+        after PATIENCE, with no process left."""
+        with tempfile.TemporaryDirectory(prefix="probe-") as empty:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            child = subprocess.Popen(
+                [self.python, "-B", "-E", "-c", code], **pipes, cwd=empty, start_new_session=True, encoding="utf-8", errors="replace"
+            )
+            try:
+                out, err = child.communicate(text, PATIENCE)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+        return subprocess.CompletedProcess(child.args, child.returncode, out, err)
+
+    def failure(self, patch):
+        """Return (how the patch's probe fails, in a line: "" when it passes or there is none; whether that is as X-Raises says)."""
+        if "X-Probe" not in patch.fields:
+            return "", False
+        try:
+            done = self.run(patch.fields["X-Probe"])
+        except subprocess.TimeoutExpired:
+            return f"no end within {PATIENCE} s", False
+        lines = [line for line in done.stderr.rpartition("Traceback (most recent call last):")[2].splitlines() if line[:1].strip()]
+        line = next(iter(lines), f"ended with {done.returncode} and no word")
+        name, _, expected = patch.fields["X-Raises"].partition(": ")
+        raised, _, text = line.partition(": ")
+        return (line, raised == name and bool(re.search(expected, text))) if done.returncode else ("", False)
+
+    def examine(self, patch, state):
+        """Run the probe of a patch that waits, and note what it tells: survey() shows that from then on."""
+        if "X-Probe" not in patch.fields:
+            return
+        line, expected = self.failure(patch)
+        if expected:
+            self.probed[patch.name] = (state, f"{line}; {pinned(patch)}" if state == "pin" else line)
+        elif line:
+            self.probed[patch.name] = ("conflict", f"its probe ends otherwise than by {patch.fields['X-Raises']!r}: {line}")
+        else:
+            self.probed[patch.name] = ("not-affected", "its probe passes without it")
 
     @property
     def applied(self):
@@ -365,6 +508,8 @@ class Environment:
         try:
             self.begin(patch.name, entry)
             self.write(entry, contents, lines)
+            if line := self.failure(patch)[0]:
+                raise RefusedError(f"{patch.name}: its probe still fails, so all was put back: {line}")
             self.end(self.applied | {patch.name: entry})
         except BaseException:
             with contextlib.suppress(OSError):
@@ -380,6 +525,58 @@ class Environment:
             self.begin(name, entry)
             self.write(entry, originals, {path: file["line"] for path, file in files.items()})
         self.end({key: value for key, value in self.applied.items() if key != name})
+
+    def build(self, patch):
+        """Return {path: bytes} of what a source distribution's wheel holds, built with the patch by this Python, or kept from then."""
+        archive, sha256 = SDIST.fullmatch(patch.fields["X-Sdist"]).groups()
+        kept = self.store / "wheels" / digest(f"{patch.sha256}{self.abi}".encode())[:16]
+        work, log = self.store / "build", self.store / "build.log"
+
+        def run(*command):
+            environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+            with open(log, "ab") as file:
+                streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
+                code = subprocess.run([*map(str, command)], **streams, cwd=work, env=environment).returncode
+            if code:
+                why = [line for line in log.read_text("utf-8", "replace").splitlines() if "error" in line.lower()][-1:]
+                what = f"{patch.name}: {' '.join(map(str, command[2:4]))} ended with {code}"
+                raise SystemExit(f"patch_packages: {what}: {''.join(why) or 'no word'}; {log} has the whole of it")
+
+        if not kept.exists():
+            print(f"patch_packages: building {archive} from source; this can take minutes", file=sys.stderr, flush=True)
+            shutil.rmtree(work, ignore_errors=True)
+            log.unlink(missing_ok=True)
+            work.mkdir()
+            pip = work / "venv" / "bin" / "python", "-m", "pip"
+            run(self.python, "-m", "venv", "venv")
+            name, _, version = archive.rpartition("-")
+            (work / "hash.txt").write_text(f"{name}=={version} --hash=sha256:{sha256}\n")
+            run(*pip, "download", "--no-deps", "--no-binary", name, "--require-hashes", "-r", "hash.txt", "-d", "archive")
+            try:
+                with tarfile.open(work / "archive" / f"{archive}.tar.gz") as tar:
+                    tar.extractall(work, filter="data")
+                for path, change in patch.changes.items():
+                    new = changed(read(work / archive / path), change)
+                    if new is None:
+                        raise SystemExit(f"patch_packages: {patch.name}.patch: X-Sha256 is not what {path} of {archive} is; mend it")
+                    (work / archive / path).write_bytes(new)
+            except (TypeError, tarfile.TarError) as error:
+                raise SystemExit(f"patch_packages: {archive}.tar.gz: {error}; run this script by Python 3.11.4 or newer") from None
+            run(*pip, "wheel", "--no-deps", "--no-cache-dir", "--wheel-dir", "wheel", work / archive)
+            kept.parent.mkdir(exist_ok=True)
+            os.replace(work / "wheel", kept)
+            shutil.rmtree(work)
+        wheel, about = next(kept.glob("*.whl")), self.about[patch.name]
+        try:
+            with zipfile.ZipFile(wheel) as file:
+                files = {name: file.read(name) for name in file.namelist() if not name.endswith("/") and ".dist-info/" not in name}
+        except zipfile.BadZipFile as error:
+            raise SystemExit(f"patch_packages: {wheel}: {error}; delete it and run this again") from None
+        parts = [normal(part) for part in wheel.name.split("-")[:2]]
+        if parts != [patch.package, normal(about["version"])] or any(".data/" in name for name in files):
+            raise RefusedError(f"{wheel} is not {patch.package} {about['version']}, or holds more than its modules; install it by hand")
+        check_targets(patch.package, about, self.prefix, {name: read(Path(about["root"], name)) is None for name in files})
+        return {name: data for name, data in files.items() if data != read(Path(about["root"], name))}
 
     def recover(self):
         """Undo the step that the journal says was begun, if any."""
@@ -424,11 +621,14 @@ class Environment:
         os.replace(fresh, path)
 
 
-def check_targets(patch, about, prefix):
-    """Return the package's RECORD; RefusedError unless every target is a regular file that it owns, inside the environment."""
-    package, root = patch.package, os.path.realpath(about["root"])
+def check_targets(package, about, prefix, targets):
+    """Return the package's RECORD; RefusedError unless every target {path: whether it is new} is a regular file that it owns,
+    inside the environment."""
+    root = os.path.realpath(about["root"])
     if about["editable"]:
         raise RefusedError(f"{package} is installed editable: its files are a source tree; patch that with git")
+    if about["user"]:
+        raise RefusedError(f"{package} is installed for the user, in {root}; install it in an environment, and name that by --python")
     if len(about["record"]) != 1:
         raise RefusedError(f"{package} has no RECORD: no wheel installer put it there; reinstall it with pip or uv")
     if not root.startswith(os.path.realpath(prefix) + os.sep):
@@ -438,37 +638,80 @@ def check_targets(patch, about, prefix):
     except (ValueError, csv.Error) as error:
         raise RefusedError(f"{about['record'][0]}: {error}; reinstall {package}") from None
     folders = {name.rpartition("/")[0] for name in recorded}
-    for path, change in patch.changes.items():
+    for path, new in targets.items():
         target = Path(root, path)
         linked = os.path.realpath(target) != str(target) or (target.parent / "__pycache__").is_symlink()
-        if linked or (target.exists() and not target.is_file()):
+        if not TARGET.fullmatch(path) or linked or (target.exists() and not target.is_file()):
             raise RefusedError(f"{path} is a link, behind a link, or no regular file")
-        if path not in recorded if change.before != "-" else path.rpartition("/")[0] not in folders:
+        if path.rpartition("/")[0] not in folders if new else path not in recorded:
             raise RefusedError(f"{path} is not {package}'s: its RECORD does not name it")
     return recorded
 
 
 def judge(patch, files, installed, recorded, later):
     """Return (state, reason) of a patch. `files`: its targets' bytes as the patches before it leave them; `installed`: those on
-    the disk; `later`: (path, before, after) of the patches behind it, which may have been applied on top of it."""
-    now, reached = {path: digest(data) for path, data in files.items()}, {(path, change.after) for path, change in patch.changes.items()}
-    for path, before, after in later:
-        reached |= {(path, after)} if (path, before) in reached else set()
-    if all(now[path] == change.before for path, change in patch.changes.items()):
+    the disk; `later`: (path, hashes) of the patches behind it, which may have been applied on top of it."""
+    now = {path: digest(data) for path, data in files.items()}
+    reached = {(path, after) for path, change in patch.changes.items() for after in change.hashes.values()}
+    for path, hashes in later:
+        reached |= {(path, after) for before, after in hashes.items() if (path, before) in reached}
+    if all(now[path] in change.hashes for path, change in patch.changes.items()):
         return "applicable", ""
     if all((path, now[path]) in reached for path in patch.changes):
         return "applied", ""
-    for path, data in installed.items():
-        if path in recorded and (data is None or record_hash(digest(data)) not in recorded[path]):
-            return "foreign-modified", f"{path} is not as it was installed"
+    if spoiled := foreign(installed, recorded):
+        return "foreign-modified", f"{spoiled} is not as it was installed"
     if all(b"".join(after) in (files[path] or b"") for path, change in patch.changes.items() for _, _, after in change.hunks):
         return "upstream-fixed", "this release holds the change"
-    different = next(path for path, change in patch.changes.items() if now[path] != change.before)
+    different = next(path for path, change in patch.changes.items() if now[path] not in change.hashes)
     return "conflict", f"{different} is another text than the patch was made for"
 
 
+def foreign(installed, recorded):
+    """Return the first of {path: bytes} that is not what RECORD says of it, or None."""
+    rows = ((path, data, recorded.get(path, "").split(",")[-2:]) for path, data in installed.items())
+    return next((path for path, data, row in rows if row[0] and (data is None or record_hash(digest(data)) != row[0])), None)
+
+
+def judge_built(patch, env, recorded):
+    """Return (state, reason) of a patch whose package is built from source: applied when it was built and put there by this tool."""
+    try:
+        if env.standing(patch.package).get(patch.name, {}).get("sha256") == patch.sha256:
+            return "applied", ""
+    except RefusedError as error:
+        return "foreign-modified", str(error)
+    root = Path(env.about[patch.name]["root"])
+    spoiled = foreign({path: read(root / path) for path in recorded if TARGET.fullmatch(path)}, recorded)
+    return ("foreign-modified", f"{spoiled} is not as it was installed") if spoiled else ("applicable", "")
+
+
+def pinned(patch):
+    return f"no patch can help: install {patch.fields['X-Pin']!r}"
+
+
+def stale_objects(cache):
+    """Return the cached extensions that parse `#` formats as Python 3.13 and later do, which Pythons before it refuse.
+
+    There, the headers turn PyArg_ParseTuple into _PyArg_ParseTuple_SizeT where PY_SSIZE_T_CLEAN is defined: the names that an object
+    imports tell what its headers were.
+    """
+    found, places = {}, {"$TMPDIR": tempfile.gettempdir(), "$USER": str(os.getuid()), "~": str(Path.home())}
+    with contextlib.suppress(KeyError, OSError):  # no name for this user's number
+        places["$USER"] = getpass.getuser()
+    for variable, default, pattern in CACHES[cache]:
+        root = os.environ.get(variable) or re.sub(r"\$\w+|^~", lambda name: places[name[0]], default)
+        for path in Path(root).glob(pattern):
+            if path.is_file() and os.path.realpath(path).startswith(os.path.realpath(root) + os.sep):
+                data = path.read_bytes()
+                plain = b"\0PyArg_ParseTuple\0" in data and b"_PyArg_ParseTuple_SizeT\0" not in data
+                if data.startswith(b"\x7fELF") and plain and re.search(rb"[szy]#[\w#|$:*!()&]*\0", data):
+                    found[os.path.realpath(path)] = path
+    return sorted(found.values())
+
+
 def survey(patches, env):
-    """Return ([(patch, state, reason)], {patch name: {path: new bytes}} to apply, [(name, entry)] to undo before: an older series)."""
+    """Return ([(patch, state, reason)], {patch name: {path: new bytes}, or None} to apply, [(name, entry)] to undo before: an older
+    series)."""
     rows, contents, undo, files = [], {}, [], {}
     current = {patch.name: patch.sha256 for patch in patches}
     for package in dict.fromkeys(patch.package for patch in patches):
@@ -482,45 +725,118 @@ def survey(patches, env):
         about, state, reason = env.about[patch.name], "not-installed", ""
         if about["version"] and not about["affected"]:
             state, reason = "not-affected", about["reason"]
+        elif about["version"] and patch.kind == "pin":
+            state, reason = "pin", pinned(patch)
+        elif about["version"] and patch.kind == "cache":
+            stale = stale_objects(patch.fields["X-Cache"])
+            state = "applicable" if stale else "not-affected"
+            reason = f"stale: {', '.join(map(str, stale))}" if stale else "nothing stale in its caches"
         elif about["version"]:
+            targets = patch.changes if patch.kind == "installed" else {}
             try:
-                recorded = check_targets(patch, about, env.prefix)
-                installed = {path: read(Path(about["root"], path)) for path in patch.changes}
-                later = [(path, change.before, change.after) for p in patches[number:] for path, change in p.changes.items()]
-                state, reason = judge(patch, {p: files.get(p, data) for p, data in installed.items()}, installed, recorded, later)
+                recorded = check_targets(patch.package, about, env.prefix, {path: change.creates for path, change in targets.items()})
+                installed = {path: read(Path(about["root"], path)) for path in targets}
+                later = [(path, change.hashes) for p in patches[number:] for path, change in p.changes.items()]
+                now = {path: files.get(path, data) for path, data in installed.items()}
+                state, reason = judge(patch, now, installed, recorded, later) if targets else judge_built(patch, env, recorded)
             except RefusedError as error:
                 state, reason = "conflict", str(error)
+        if state in ("applicable", "pin"):
+            state, reason = env.probed.get(patch.name, (state, reason))
         if state == "applicable":
-            new = {p: apply_hunks(files.get(p, installed[p]) or b"", change.hunks) for p, change in patch.changes.items()}
-            if any(digest(data) != patch.changes[path].after for path, data in new.items()):
-                raise SystemExit(f"patch_packages: {patch.name}.patch: its hunks do not lead to what X-Sha256 says; mend it")
-            files |= new
-            contents[patch.name] = new
+            contents[patch.name] = None
+            if patch.kind == "installed":
+                new = {path: changed(now[path], change) for path, change in patch.changes.items()}
+                if None in new.values():
+                    raise SystemExit(f"patch_packages: {patch.name}.patch: its hunks do not lead to what X-Sha256 says; mend it")
+                files |= new
+                contents[patch.name] = new
         rows.append((patch, state, reason))
     return rows, contents, undo
 
 
-def apply(patches, env):
-    """Bring the packages to the end of the series; RefusedError, and nothing changed, when one patch fits not."""
-    rows, contents, undo = survey(patches, env)
+def check_states(rows):
+    """Raise RefusedError when a patch does not fit what is installed."""
     for patch, state, reason in rows:
         if state in ("conflict", "foreign-modified"):
-            raise RefusedError(f"{patch.name}: {state}: {reason}; reinstall {patch.package}, or take the patch out of the series")
+            raise RefusedError(f"{patch.name}: {state}: {reason}; reinstall {patch.package}, or name the other packages alone")
+
+
+def apply(patches, env):
+    """Bring the packages to the end of the series; RefusedError, and nothing changed, when one patch fits not. Return (3 when a pin
+    remains, else 0; rows)."""
+    rows, _, undo = survey(patches, env)
+    check_states(rows)
     for name, entry in undo:
         env.undo(name, entry)
-    for patch in patches:
-        if patch.name in contents:
-            env.do(patch, contents[patch.name])
+    done = []
+    try:
+        for patch, state, _ in rows:
+            if state in ("applicable", "pin"):
+                env.examine(patch, state)
+                rows, contents, _ = survey(patches, env)
+                check_states(rows)
+                if patch.kind == "cache":
+                    for path in stale_objects(patch.fields["X-Cache"]):
+                        path.unlink()
+                elif patch.name in contents:
+                    env.do(patch, contents[patch.name] or env.build(patch))
+                    done.append(patch.name)
+    except BaseException:
+        for name in reversed(done):
+            env.undo(name, env.applied[name])
+        raise
+    rows = survey(patches, env)[0]
+    return (3 if "pin" in [state for _, state, _ in rows] else 0), rows
 
 
 def revert(patches, env):
-    """Undo what is applied to the series' packages, newest first; RefusedError, and nothing changed, when one cannot be undone."""
+    """Undo what is applied to the series' packages, newest first; RefusedError, and nothing changed, when one cannot be undone.
+    Return (0, rows)."""
     undo = {name: entry for package in {patch.package for patch in patches} for name, entry in env.standing(package).items()}
     for patch, state, _ in survey(patches, env)[0]:
         if state == "applied" and patch.name not in undo:
             raise RefusedError(f"{patch.name} is applied, but its originals were not kept; reinstall {patch.package}")
     for name, entry in undo.items():
         env.undo(name, entry)
+    return status(patches, env)
+
+
+def status(patches, env):
+    """Return (0, rows)."""
+    return 0, survey(patches, env)[0]
+
+
+def check(patches, env):
+    """Run the probes of the patches that wait: does the bug show here? Return (1 when there is something to mend, rows)."""
+    waiting = set()
+    for patch, state, _ in survey(patches, env)[0]:
+        if state in ("applicable", "pin") and patch.package not in waiting:  # a later patch's probe may need the earlier patch
+            env.examine(patch, state)
+            waiting.add(patch.package)
+    rows = survey(patches, env)[0]
+    return int(any(state in ("applicable", "pin", "conflict", "foreign-modified") for _, state, _ in rows)), rows
+
+
+def verify(patches, env):
+    """Look whether what was applied is as it was left, and its probe passes. Return (1 if not, rows)."""
+    rows, wrong = [], False
+    for patch, state, reason in survey(patches, env)[0]:
+        if state == "applied" or patch.name in env.applied:
+            try:
+                entry = env.standing(patch.package).get(patch.name)
+                if not entry or entry["sha256"] != patch.sha256:
+                    state, reason = "conflict", "applied no longer, or by another patch file, or not by this tool; apply again"
+                elif line := env.failure(patch)[0]:
+                    state, reason = "conflict", f"its probe fails: {line}"
+            except RefusedError as error:
+                state, reason = "foreign-modified", str(error)
+            wrong |= state != "applied"
+        rows.append((patch, state, reason))
+    return int(wrong), rows
+
+
+COMMANDS = {"status": status, "check": check, "apply": apply, "revert": revert, "verify": verify}
 
 
 def build_parser():
@@ -529,7 +845,9 @@ def build_parser():
     )
     folder = Path(__file__).resolve().parent.parent / "patches"
     where = {"default": folder} if folder.is_dir() else {"required": True}
-    parser.add_argument("command", choices=["status", "apply", "revert"], help="show each patch's state; apply what fits; undo all")
+    words = "show each patch's state; see by probes whether its bug shows here; apply what fits; undo all; prove what is applied"
+    parser.add_argument("command", choices=COMMANDS, help=words)
+    parser.add_argument("packages", nargs="*", metavar="PACKAGE", help="only these packages' patches (default: all)")
     parser.add_argument("--python", default=sys.executable, metavar="FILE", help="interpreter of the environment (default: this one)")
     parser.add_argument("--patches", **where, metavar="DIR", help="folder with the file `series` (default: ../patches, where that is)")
     parser.add_argument("--json", action=argparse.BooleanOptionalAction, default=False, help="states as JSON")
@@ -537,30 +855,36 @@ def build_parser():
 
 
 def main():
-    args = build_parser().parse_args()
+    parser = build_parser()
+    args = parser.parse_intermixed_args()
     try:
         patches = read_patches(Path(args.patches))
+        wanted = {normal(name) for name in args.packages} or {patch.package for patch in patches}
+        if unknown := wanted - {patch.package for patch in patches}:
+            parser.error(f"{args.patches}/series has no patch for {min(unknown)}")
+        patches = [patch for patch in patches if patch.package in wanted]
         env = Environment(args.python, patches)
-        if args.command != "status" or env.journal.exists():
-            with env.lock():
-                {"status": lambda *_: None, "apply": apply, "revert": revert}[args.command](patches, env)
-        rows = survey(patches, env)[0]
+        with env.lock() if args.command in ("apply", "revert") or env.journal.exists() else contextlib.nullcontext():
+            code, rows = COMMANDS[args.command](patches, env)
     except RefusedError as error:
         print(f"patch_packages: {error}", file=sys.stderr)
         return 3
     except OSError as error:
         raise SystemExit(f"patch_packages: {error.filename}: {error.strerror}; mend that and run it again") from None
     except KeyboardInterrupt:
-        print("patch_packages: interrupted; the step at hand was undone, run it again", file=sys.stderr)
+        print("patch_packages: interrupted; what it had begun was undone, run it again", file=sys.stderr)
         return 130
     if args.json:
-        names = ("name", "package", "version", "state", "reason")
-        states = [(patch.name, patch.package, env.about[patch.name]["version"], state, reason) for patch, state, reason in rows]
+        names = ("name", "package", "version", "kind", "state", "reason")
+        states = [(patch.name, patch.package, env.about[patch.name]["version"], patch.kind, state, reason) for patch, state, reason in rows]
         print(json.dumps({"prefix": str(env.prefix), "patches": [dict(zip(names, row, strict=True)) for row in states]}, indent=1))
     else:
         for patch, state, reason in rows:
             print(f"{state:17}{patch.name:40} {reason or patch.fields['Description'].splitlines()[0]}")
-    return 0
+    for patch, state, reason in rows if code == 3 else []:
+        if state == "pin":
+            print(f"patch_packages: {patch.name}: {reason}; all else is done", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

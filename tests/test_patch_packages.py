@@ -361,6 +361,145 @@ def test_two_at_once(toy, tmp_path):
     assert toy.sum() == 3 and toy.unsound() == [] and len(toy.applied()) == 2
 
 
+PROBE = {
+    "X_Probe": "\n import toy\n if toy.add(2, 1) != 3:\n .\n     raise ValueError(f'sum is\\n {toy.add(2, 1)}')",
+    "X_Raises": "ValueError: ^sum is$",
+}
+
+
+def test_check_and_verify(toy, tool, states, tmp_path):
+    """check shows that the bug is here, verify that it is gone, and what has happened since to what was applied."""
+    patches = folder_of(tmp_path / "patches", plus=patch_text(TWO, **PROBE), new=patch_text(NEW))
+    before = toy.tree()
+
+    def run(command, code, *expected):
+        done = tool(command, toy, patches)
+        assert done.returncode == code and all(word in done.stdout for word in expected), done.stdout + done.stderr
+
+    run("check", 1, "applicable", "ValueError: sum is")
+    run("verify", 0, "applicable")
+    assert toy.tree() == before
+    assert tool("apply", toy, patches).returncode == 0
+    after = toy.tree()
+    run("check", 0, "applied")
+    run("verify", 0, "applied")
+    assert toy.tree() == after
+    for path, text in (
+        (toy.site / "toy/sums.py", PLUS + "# mine\n"),
+        (toy.site / "toy/names.txt", ""),
+        (toy.info / "RECORD", ""),
+        (toy.prefix / ".patches" / sha(MINUS), "damaged"),
+    ):
+        kept = path.read_bytes()
+        path.write_text(text)
+        run("verify", 1, "reinstall toy" if text != "" or path.name != "RECORD" else "apply again")
+        path.write_bytes(kept)
+        run("verify", 0)
+    (toy.site / "toy/__init__.py").write_text("from toy.sums import double as add\n")  # no patch's file, but its probe fails
+    run("verify", 1, "conflict", "its probe fails: TypeError")
+    toy.install()
+    run("verify", 1, "conflict", "applied no longer")
+    assert tool("apply", toy, patches).returncode == 0
+    run("verify", 0)
+
+
+@pytest.mark.parametrize(
+    "probe, raises, word",
+    [
+        ("import toy; assert toy.add(2, 1) == 3, 'no'", "AssertionError: yes", "AssertionError: no"),
+        ("import toy; assert toy.add(2, 1) == 3, 'no'", "ValueError: no", "AssertionError: no"),
+        ("import toy, missing; assert toy.add(2, 1) == 3", "AssertionError: .*", "No module named 'missing'"),
+        ("import os, toy; toy.add(2, 1) == 3 or os.abort()", "AssertionError: .*", "-6"),
+        ("import sys, toy; toy.add(2, 1) == 3 or sys.exit('bye')", "SystemExit: bye", "bye"),
+        ("import toy; assert toy.add(2, 1) == 5, 'other'", "AssertionError: other", "its probe still fails, so all was put back"),
+    ],
+)
+def test_a_probe_that_does_not_show_the_bug_or_its_end(toy, tool, states, tmp_path, probe, raises, word):
+    """Nothing is changed, the patches before it included."""
+    patches = folder_of(tmp_path / "patches", new=patch_text(NEW), plus=patch_text(TWO, X_Probe=probe, X_Raises=raises))
+    before = toy.tree()
+    done = tool("apply", toy, patches)
+    assert done.returncode == 3 and word in done.stderr and "toy/0002-plus" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert toy.tree() == before and toy.applied() == {} and states(toy, patches) == ["applicable"] * 2
+
+
+def test_a_probe_that_passes_before(toy, tool, tmp_path):
+    """Where the bug does not show, the patch is left out, and what stands behind it is not."""
+    patches = folder_of(tmp_path / "patches", plus=patch_text(TWO, X_Probe="import toy", X_Raises="ImportError: x"), new=patch_text(NEW))
+    for command, last in (("check", "applicable"), ("apply", "applied")):
+        rows = tool(command, toy, patches).stdout.splitlines()
+        assert (
+            rows[0].startswith("not-affected")
+            and "its probe passes without it" in rows[0]
+            and (command == "check" or rows[1].startswith(last))
+        )
+    assert toy.sum() == 1 and list(toy.applied()) == ["toy/0002-new"]
+
+
+def test_a_probe_without_an_end_leaves_no_process(toy, load_script, tmp_path, monkeypatch, capsys):
+    probe = "import os, subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(987)'])"
+    module, patches = (
+        load_script("patch_packages.py"),
+        folder_of(tmp_path / "patches", plus=patch_text(TWO, X_Probe=probe, X_Raises="E: x")),
+    )
+    monkeypatch.setattr(module, "PATIENCE", 3)
+    monkeypatch.setattr(sys, "argv", ["", "apply", "--python", str(toy.python), "--patches", str(patches)])
+    before = toy.tree()
+    assert module.main() == 3 and "no end within 3 s" in capsys.readouterr().err and toy.tree() == before
+    lines = [p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if p.exists()]
+    assert not [line for line in lines if b"sleep(987)" in line]
+
+
+def test_other_releases(toy, tool, states, tmp_path):
+    """Another release's text is told by its hash; a hunk then goes where its lines stand, if that is one place, and nowhere else."""
+    later = "# one line more\n" + MINUS
+    changes = {"toy/sums.py": (MINUS, PLUS)}
+    text = patch_text(changes).replace("--- a/toy", f" toy/sums.py {sha(later)} {sha(later.replace('a - b', 'a + b'))}\n--- a/toy", 1)
+    patches = folder_of(tmp_path / "patches", plus=text)
+    for source in (MINUS, later):
+        toy.install(SOURCE | {"toy/sums.py": source})
+        before = toy.tree()
+        assert states(toy, patches) == ["applicable"] and tool("apply", toy, patches).returncode == 0 and toy.sum() == 3
+        assert tool("verify", toy, patches).returncode == 0 and toy.unsound() == []
+        assert tool("revert", toy, patches).returncode == 0 and toy.tree() == before
+    toy.install(SOURCE | {"toy/sums.py": later + "# unknown\n"})
+    assert states(toy, patches) == ["conflict"]
+    twice = MINUS + MINUS
+    toy.install(SOURCE | {"toy/sums.py": twice})
+    for wanted in (twice.replace("a - b", "a + b", 1), MINUS + PLUS):  # which of the two is not for this tool to choose
+        text = patch_text(changes).replace("--- a/toy", f" toy/sums.py {sha(twice)} {sha(wanted)}\n--- a/toy", 1)
+        first = twice.replace("a - b", "a + b", 1) == wanted
+        assert tool("status", toy, folder_of(patches, plus=text)).returncode == (0 if first else 1)
+
+
+def test_a_pin_does_not_hold_up_the_rest(toy, tool, tmp_path):
+    pin = patch_text(
+        {}, X_Kind="pin", X_Pin="toy>=2", X_Probe="import toy; assert toy.add(0, 1) == 2, 'never'", X_Raises="AssertionError: never"
+    )
+    pin = pin.replace("X-Sha256:\n", "")
+    patches = folder_of(tmp_path / "patches", pin=pin, plus=patch_text(TWO))
+    before = toy.tree()
+    done = tool("check", toy, patches)
+    assert done.returncode == 1 and "AssertionError: never; no patch can help: install 'toy>=2'" in done.stdout and toy.tree() == before
+    done = tool("apply", toy, patches)
+    assert done.returncode == 3 and "install 'toy>=2'" in done.stderr and len(done.stderr.splitlines()) == 1 and toy.sum() == 3
+    assert tool("verify", toy, patches).returncode == 0 and tool("revert", toy, patches).returncode == 0 and toy.tree() == before
+    folder_of(patches, pin=pin.replace("assert toy.add(0, 1) == 2", "assert True"))
+    assert tool("apply", toy, patches).returncode == 0
+
+
+def test_only_the_packages_that_are_named(toy, tool, tmp_path):
+    patches = folder_of(tmp_path / "patches", plus=patch_text(TWO))
+    (patches / "other").mkdir()
+    (patches / "other/0001-x.patch").write_text(patch_text(NEW, X_Package="other"))
+    (patches / "series").write_text("toy/0001-plus.patch\nother/0001-x.patch\n")
+    assert tool("apply", toy, patches, "Other").stdout.split()[:2] == ["not-installed", "other/0001-x"] and toy.sum() == 1
+    assert len(tool("apply", toy, patches, "other", "TOY").stdout.splitlines()) == 2 and toy.sum() == 3
+    assert tool("revert", toy, patches, "other").returncode == 0 and toy.sum() == 3
+    done = tool("revert", toy, patches, "nothing")
+    assert done.returncode == 2 and "no patch for nothing" in done.stderr and toy.sum() == 3
+
+
 def killed(load_script, steps, *words):
     """Run the tool in a child process that is killed (-9) before its call number `steps` that moves or removes a file."""
     child = os.fork()
@@ -369,7 +508,7 @@ def killed(load_script, steps, *words):
     calls = itertools.count()
 
     def dying(call):
-        return lambda *args: os.kill(os.getpid(), signal.SIGKILL) if next(calls) == steps else call(*args)
+        return lambda *args, **more: os.kill(os.getpid(), signal.SIGKILL) if next(calls) == steps else call(*args, **more)
 
     try:
         sys.argv = ["patch_packages.py", *map(str, words)]
