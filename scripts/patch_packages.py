@@ -292,9 +292,11 @@ def parse_patch(name, data):
         hunks = parse_diff(b"--- " + diff, head.count(b"\n") + 2)
     for line in filter(None, fields.get("X-Sha256", "").split("\n")):
         match = re.fullmatch(r"(\S+) (-|[0-9a-f]{64}) ([0-9a-f]{64})", line)
-        if not match or match[2] == match[3] or match[2] in hashes.get(match[1], ()) or "-" in hashes.get(match[1], ()):
+        if not match or match[2] == match[3] or match[2] in hashes.get(match[1], ()):
             raise ValueError(f"X-Sha256 has a line that is not `PATH BEFORE AFTER`: {line!r}")
         hashes.setdefault(match[1], {})[match[2]] = match[3]
+    if both := [path for path, known in hashes.items() if "-" in known and len(known) > 1]:
+        raise ValueError(f"X-Sha256 has {both[0]} both as a new file and as one that is there")
     if hashes.keys() != hunks.keys():
         raise ValueError(f"X-Sha256 and the diff name different files: {', '.join(sorted(hashes.keys() ^ hunks.keys()))}")
     patch = Patch(name, digest(data), fields, {path: Change(hashes[path], hunks[path]) for path in hunks})
@@ -538,9 +540,9 @@ class Environment:
                 streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
                 code = subprocess.run([*map(str, command)], **streams, cwd=work, env=environment).returncode
             if code:
-                why = [line for line in log.read_text("utf-8", "replace").splitlines() if "error" in line.lower()][-1:]
+                why = re.search(r"(?i)\w*error: (?!subprocess-exited).*", log.read_text("utf-8", "replace"))
                 what = f"{patch.name}: {' '.join(map(str, command[2:4]))} ended with {code}"
-                raise SystemExit(f"patch_packages: {what}: {''.join(why) or 'no word'}; {log} has the whole of it")
+                raise SystemExit(f"patch_packages: {what}: {why[0] if why else 'no word'}; {log} has the whole of it")
 
         if not kept.exists():
             print(f"patch_packages: building {archive} from source; this can take minutes", file=sys.stderr, flush=True)

@@ -6,6 +6,7 @@ import ctypes
 import difflib
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import os
@@ -14,6 +15,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import venv
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,13 +36,17 @@ MINUS, PLUS = SOURCE["toy/sums.py"], SOURCE["toy/sums.py"].replace("a - b", "a +
 class Toy:
     """An environment that holds the package toy, as an installer leaves it."""
 
-    def __init__(self, prefix, source=SOURCE, version="1.2"):
-        venv.create(prefix, symlinks=True, with_pip=False)
+    def __init__(self, prefix, make=None):
         self.prefix, self.python = prefix, prefix / "bin" / "python"
+        if make:
+            make(prefix)
+        else:
+            venv.create(prefix, symlinks=True, with_pip=False)
         self.site = next(prefix.glob("lib/python3.*/site-packages"))
-        packaging = Path(importlib.util.find_spec("packaging").origin).parent.parent
-        (self.site / "packaging.pth").write_text(f"{packaging}\n")
-        self.install(source, version)
+        if not make:
+            packaging = Path(importlib.util.find_spec("packaging").origin).parent.parent
+            (self.site / "packaging.pth").write_text(f"{packaging}\n")
+        self.install()
 
     def install(self, source=SOURCE, version="1.2"):
         for old in (self.site / "toy", *self.site.glob("toy-*.dist-info")):
@@ -55,7 +62,7 @@ class Toy:
 
     def tree(self):
         """Return {path: (bytes, mode)} of all that the environment holds, but bytecode, the tool's own files and the probe's caches."""
-        files = (p for p in self.prefix.rglob("*") if p.is_file() and "__pycache__" not in p.parts and ".patches" not in p.parts)
+        files = (p for p in self.prefix.rglob("*") if p.is_file() and not {"__pycache__", ".patches"} & {*p.parts})
         return {str(p.relative_to(self.prefix)): (p.read_bytes(), p.stat().st_mode) for p in files if p.name != "applied-patches.json"}
 
     def sum(self):
@@ -119,8 +126,8 @@ def toy(tmp_path):
 
 @pytest.fixture
 def tool(run_script):
-    def run(command, env, patches, *more, **kwargs):
-        done = run_script("patch_packages.py", command, "--python", env.python, "--patches", patches, *more, **kwargs)
+    def run(command, toy, patches, *more, **kwargs):
+        done = run_script("patch_packages.py", command, "--python", toy.python, "--patches", patches, *more, **kwargs)
         assert "Traceback" not in done.stderr, done.stderr
         return done
 
@@ -336,6 +343,68 @@ def test_a_record_with_crlf_ends_and_without_a_last_end_comes_back(toy, tool, tm
     assert tool("revert", toy, patches).returncode == 0 and toy.tree() == before
 
 
+def pythons():
+    """Return {version: interpreter} of the Pythons from 3.8 on that this machine has, one of each minor version."""
+    found = {}
+    for python in [sys.executable, *Path.home().glob(".pyenv/versions/3.*/bin/python3"), *Path("/usr/bin").glob("python3.*[0-9]")]:
+        words = [python, "-c", "import ensurepip, sys; print('%d.%02d' % sys.version_info[:2])"]
+        version = subprocess.run(words, capture_output=True, text=True).stdout.strip()
+        if version >= "3.08":
+            found.setdefault(version, str(python))
+    return found
+
+
+@pytest.mark.parametrize("python", pythons().values(), ids=pythons())
+def test_an_environment_of_another_python_without_pip(tool, tmp_path, python):
+    toy = Toy(tmp_path / "env", lambda prefix: subprocess.run([python, "-m", "venv", "--without-pip", prefix], check=True))
+    patches = folder_of(tmp_path / "patches", plus=patch_text(TWO, X_Env="python>=3.8; python<4", **PROBE))
+    before = toy.tree()
+    for command, code, result in (("check", 1, 1), ("apply", 0, 3), ("verify", 0, 3), ("revert", 0, 1)):
+        done = tool(command, toy, patches)
+        assert done.returncode == code and toy.sum() == result and toy.unsound() == [], done.stderr
+    assert toy.tree() == before
+
+
+def conda(prefix):
+    """Make a prefix of the kind that conda makes: an interpreter with its library, not a virtual environment."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    (prefix / "bin").mkdir(parents=True)
+    (prefix / "conda-meta").mkdir()
+    shutil.copy(Path(sys.executable).resolve(), prefix / "bin" / "python")
+    (prefix / "lib" / library.name / "site-packages").mkdir(parents=True)
+    for path in library.iterdir():
+        if path.name not in ("site-packages", "dist-packages", "__pycache__"):
+            (prefix / "lib" / library.name / path.name).symlink_to(path)
+
+
+def test_a_prefix_of_conda(tool, tmp_path):
+    """Its files are hard links to a cache of packages, as with uv."""
+    toy = Toy(tmp_path / "env", conda)
+    if subprocess.run([toy.python, "-c", "import toy"], capture_output=True).returncode:
+        pytest.skip("this Python does not run from a copy")
+    shutil.copytree(toy.site, tmp_path / "pkgs", copy_function=os.link)
+    kept = {p: p.read_bytes() for p in (tmp_path / "pkgs").rglob("*") if p.is_file()}
+    patches, before = folder_of(tmp_path / "patches", plus=patch_text(TWO, **PROBE)), toy.tree()
+    for command, result in (("apply", 3), ("verify", 3), ("revert", 1)):
+        assert tool(command, toy, patches).returncode == 0 and toy.sum() == result and toy.unsound() == []
+    assert toy.tree() == before and {p: p.read_bytes() for p in kept} == kept
+
+
+def test_a_package_that_is_installed_for_the_user(toy, tool, tmp_path):
+    """It would be patched for every program of this user."""
+    base = Toy(tmp_path / "base", conda)
+    if subprocess.run([base.python, "-c", "import toy"], capture_output=True).returncode:
+        pytest.skip("this Python does not run from a copy")
+    home = tmp_path / "home/.local/lib" / base.site.parent.name / "site-packages"
+    home.parent.mkdir(parents=True)
+    shutil.move(base.site, home)
+    base.site.mkdir()
+    patches, before = folder_of(tmp_path / "patches", plus=patch_text(TWO)), {p: p.read_bytes() for p in home.rglob("*") if p.is_file()}
+    done = tool("apply", base, patches, env={"HOME": str(tmp_path / "home")})
+    assert done.returncode == 3 and "installed for the user" in done.stderr and str(home) in done.stderr
+    assert {p: p.read_bytes() for p in home.rglob("*") if p.is_file()} == before
+
+
 def no_longer_above_permissions():
     """Take from root, in a child process, the right to write where the mode forbids it (CAP_DAC_OVERRIDE)."""
     ctypes.CDLL(None).prctl(24, 1)  # PR_CAPBSET_DROP
@@ -351,6 +420,11 @@ def test_read_only_packages(toy, tmp_path):
         folder.chmod(0o755)
         assert done.returncode == 3 and f"{folder} is read-only" in done.stderr and "environment of your own" in done.stderr, done.stderr
         assert len(done.stderr.splitlines()) == 1 and toy.tree() == before
+    toy.prefix.chmod(0o555)
+    command[2] = "check"
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=no_longer_above_permissions)
+    toy.prefix.chmod(0o755)
+    assert done.returncode == 1 and "applicable" in done.stdout and toy.tree() == before
 
 
 def test_two_at_once(toy, tmp_path):
@@ -518,11 +592,111 @@ def killed(load_script, steps, *words):
         os._exit(99)
 
 
+BACKEND = """
+import base64, hashlib, pathlib, zipfile
+
+def build_wheel(folder, config_settings=None, metadata_directory=None):
+    info = "toy-1.2.dist-info"
+    files = {str(p): p.read_bytes() for p in pathlib.Path("toy").iterdir() if p.suffix != ".pyc" and p.is_file()}
+    files[f"{info}/METADATA"] = b"Metadata-Version: 2.1\\nName: toy\\nVersion: 1.2\\n"
+    files[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\\nGenerator: toy\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n"
+    files[f"{info}/RECORD"] = "".join(f"{name},,\\n" for name in files).encode()
+    with zipfile.ZipFile(pathlib.Path(folder, "toy-1.2-py3-none-any.whl"), "w") as wheel:
+        for name, data in files.items():
+            wheel.writestr(name, data)
+    return "toy-1.2-py3-none-any.whl"
+"""
+
+
+def source_distribution(folder, backend=BACKEND, more=()):
+    """Write toy-1.2.tar.gz, which a backend of its own builds; return what X-Sdist says of it."""
+    build = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n[project]\nname = "toy"\nversion = "1.2"\n'
+    files = SOURCE | {"pyproject.toml": build, "backend.py": backend, "PKG-INFO": "Metadata-Version: 2.1\nName: toy\nVersion: 1.2\n"}
+    folder.mkdir(exist_ok=True)
+    with tarfile.open(folder / "toy-1.2.tar.gz", "w:gz") as tar:
+        for name, text in [*((f"toy-1.2/{path}", text) for path, text in files.items()), *more]:
+            member = tarfile.TarInfo(name)
+            member.size = len(text.encode())
+            tar.addfile(member, io.BytesIO(text.encode()))
+    return f"toy-1.2.tar.gz {hashlib.sha256((folder / 'toy-1.2.tar.gz').read_bytes()).hexdigest()}"
+
+
+def built(archive, changes=TWO, **fields):
+    return patch_text(changes, **({"X_Kind": "sdist", "X_Sdist": archive} | PROBE | fields))
+
+
+def registry(folder):
+    """Return settings by which pip knows this folder alone."""
+    return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder), "PIP_EXTRA_INDEX_URL": ""}
+
+
+def test_a_package_that_is_built_from_its_patched_source(toy, tool, tmp_path):
+    folder = tmp_path / "registry"
+    patches = folder_of(tmp_path / "patches", plus=built(source_distribution(folder)))
+    (toy.site / "toy/names.txt").chmod(0o640)
+    before = toy.tree()
+    done = tool("check", toy, patches)
+    assert done.returncode == 1 and "ValueError: sum is" in done.stdout and toy.tree() == before
+    assert tool("apply", toy, patches, env=registry(folder)).returncode == 0
+    after = toy.tree()
+    assert toy.sum() == 3 and toy.unsound() == [] and (toy.site / "toy/names.txt").read_text() == TWO["toy/names.txt"][1]
+    shutil.rmtree(folder)  # the wheel was kept
+    for command, tree, result in (
+        ("apply", after, 3),
+        ("revert", before, 1),
+        ("apply", after, 3),
+        ("verify", after, 3),
+        ("revert", before, 1),
+    ):
+        done = tool(command, toy, patches, env=registry(folder))
+        assert done.returncode == 0 and toy.tree() == tree and toy.sum() == result, done.stderr
+    (toy.site / "toy/names.txt").write_text("mine")
+    done = tool("apply", toy, patches)
+    assert done.returncode == 3 and "names.txt is not as it was installed" in done.stderr
+
+
+SCRIPTS = 'files["toy-1.2.data/scripts/toy"] = b"#!python"\n    files[f"{info}/WHEEL"]'
+UNBUILT = {  # what is wrong: (backend, further members of the archive, fields of the patch, exit code, word of the error)
+    "a build that fails": ("raise SystemExit('error: no compiler here')", (), {}, 1, "no compiler here"),
+    "another archive": (BACKEND, (), {"X_Sdist": f"toy-1.2.tar.gz {'0' * 64}"}, 1, "download ended with 1"),
+    "a member outside": (BACKEND, (("../evil.py", "EVIL = 1\n"),), {}, 1, ""),
+    "a module in a new folder": (BACKEND.replace('Path("toy")', 'Path("new")'), (("toy-1.2/new/x.py", ""),), {}, 3, "new/x.py"),
+    "a wheel with scripts": (BACKEND.replace('files[f"{info}/WHEEL"]', SCRIPTS), (), {}, 3, "by hand"),
+    "a mend that mends not": (
+        BACKEND,
+        (),
+        {"X_Probe": "import toy; assert toy.add(2, 1) == 5, 'x'", "X_Raises": "AssertionError: x"},
+        3,
+        "still",
+    ),
+    "another text": (BACKEND, (("toy-1.2/toy/sums.py", MINUS + "# other\n"),), {}, 1, "X-Sha256 is not what toy/sums.py"),
+}
+
+
+@pytest.mark.parametrize("why", UNBUILT)
+def test_a_source_that_is_not_built(toy, tool, tmp_path, why):
+    """One sentence, and the package as it was."""
+    backend, more, fields, code, word = UNBUILT[why]
+    archive, before = source_distribution(tmp_path / "registry", backend, more), toy.tree()
+    patches = folder_of(tmp_path / "patches", plus=built(archive, **fields))
+    done = tool("apply", toy, patches, env=registry(tmp_path / "registry"))
+    assert done.returncode == code and word in done.stderr and toy.tree() == before and not list(tmp_path.rglob("evil.py")), done.stderr
+    assert len(done.stderr.splitlines()) == 2 and done.stderr.startswith("patch_packages: building toy-1.2 from source")
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["installed", "sdist"])
 @pytest.mark.parametrize("command", ["apply", "revert"])
-def test_killed_at_every_step(toy, tool, load_script, tmp_path, command):
+def test_killed_at_every_step(toy, tool, load_script, tmp_path, command, kind):
     """After kill -9 at any step `status` finds the package wholly old or wholly new, and the command then ends its work."""
     patches = folder_of(tmp_path / "patches", both=patch_text(TWO | NEW))
+    if kind == "sdist":
+        archive = source_distribution(tmp_path / "registry")
+        folder_of(
+            patches, both=built(archive, TWO | NEW, X_Probe="import toy; assert toy.add(2, 1) == 3, 'x'", X_Raises="AssertionError: x")
+        )
+        assert tool("apply", toy, patches, env=registry(tmp_path / "registry")).returncode == 0
+        assert tool("revert", toy, patches).returncode == 0
     subprocess.run([toy.python, "-m", "compileall", "-q", toy.site / "toy"], check=True)
     trees = {"applicable": toy.tree()}
     if command == "revert":
@@ -650,11 +824,71 @@ def hostile_patches():
     yield "another word for a missing end", good.replace("\\ No newline at end of file", "\\ rm")
 
 
-def damaged_patches():
-    """Yield (damage, patch file): 150 cut, flipped, doubled or shuffled copies of a good patch, the same in each run."""
-    chance, good = random.Random(5), patch_text(TWO | NEW).encode()
+def hostile_kinds():
+    """Yield (what is wrong, patch file) of headers that ask for something else than a patch of their kind may."""
+    some, archive = "0" * 64, f"toy-1.2.tar.gz {'0' * 64}"
+    probe = {"X_Probe": "import toy", "X_Raises": "ValueError: x"}
+    for kind, fields in (
+        ("", {}),
+        ("patch", {}),
+        ("Installed", {}),
+        ("sdist", {}),
+        ("sdist", {"X_Sdist": archive}),
+        ("sdist", {"X_Probe": "import toy", "X_Raises": "ValueError: x"}),
+        *(("sdist", {"X_Sdist": text} | probe) for text in ("toy-1.2.tar.gz", f"toy-1.2.zip {some}", f"../toy-1.2.tar.gz {some}")),
+        *(
+            ("sdist", {"X_Sdist": text} | probe)
+            for text in (f"toy.tar.gz {some}", f"--index-url=x-1.tar.gz {some}", f"toy-1.2;x.tar.gz {some}")
+        ),
+        ("sdist", {"X_Sdist": f"toy-1.2.tar.gz {some}\n -r evil.txt"} | probe),
+        ("installed", {"X_Sdist": archive}),
+        ("installed", {"X_Cache": "triton"}),
+        ("installed", {"X_Pin": "toy>=2"}),
+        ("installed", {"X_Probe": "import toy"}),
+        ("installed", {"X_Raises": "ValueError: x"}),
+        *(
+            ("installed", {"X_Probe": text, "X_Raises": "ValueError: x"})
+            for text in ("import", "x = (", "a\n b", "(" * 9999, "é = '\\N{x}'")
+        ),
+        *(
+            ("installed", {"X_Probe": "import toy", "X_Raises": text})
+            for text in ("ValueError", "ValueError: ", "x y: z", "E: (", "E: a\n b", ": x")
+        ),
+        ("cache", {"X_Cache": "triton"}),
+        ("pin", {"X_Pin": "toy>=2"} | probe),
+    ):
+        yield f"kind {kind} with {fields}", patch_text(TWO, X_Kind=kind, **fields)
+    for fields in (
+        {"X_Kind": "cache"},
+        *({"X_Kind": "cache", "X_Cache": text} for text in ("", "/", "~", "../..", "HOME ~ **/*.so", "triton\n triton", "Triton")),
+        {"X_Kind": "cache", "X_Cache": "triton"} | probe,
+        {"X_Kind": "pin"},
+        {"X_Kind": "pin", "X_Pin": "toy>=2"},
+        {"X_Kind": "pin", "X_Pin": "toy>=2\n toy"} | probe,
+        {"X_Kind": "sdist", "X_Sdist": archive} | probe,
+    ):
+        yield f"no diff, and {fields}", patch_text({}, **fields).replace("X-Sha256:\n", "")
+    yield "a probe at the margin", patch_text(TWO, X_Probe="\nimport os", X_Raises="E: x")
+    good, line = patch_text(TWO), f" toy/sums.py {sha(MINUS)} {sha(PLUS)}\n"
+    yield "the same hash twice", good.replace(line, line * 2)
+    yield "another end for the same hash", good.replace(line, line + line.replace(sha(PLUS), some))
+    yield "a file that is new and is not", good.replace(line, line + line.replace(sha(MINUS), "-"))
+    yield "a new file with a second hash", patch_text(NEW).replace("--- /dev", f" toy/more.py {some} {sha(PLUS)}\n--- /dev", 1)
+
+
+OTHER_KINDS = (
+    patch_text(TWO | NEW, **PROBE),
+    patch_text(TWO, X_Kind="sdist", X_Sdist=f"toy-1.2.tar.gz {'0' * 64}", **(PROBE | {"X_Versions": "<1"})),
+    patch_text({}, X_Kind="pin", X_Pin="toy>=2", X_Probe="import toy; toy.add(1)", X_Raises="TypeError: add").replace("X-Sha256:\n", ""),
+    patch_text({}, X_Kind="cache", X_Cache="triton").replace("X-Sha256:\n", ""),
+)
+
+
+def damaged_patches(good, rounds):
+    """Yield (damage, patch file): five times as many cut, flipped, doubled or shuffled copies of a good patch, the same in each run."""
+    chance, good = random.Random(5), good.encode()
     lines = good.splitlines(keepends=True)
-    for _ in range(30):
+    for _ in range(rounds):
         cut, at = chance.randrange(len(good)), chance.randrange(len(good))
         one, other = sorted(chance.sample(range(len(lines)), 2))
         yield f"cut at {cut}", good[:cut]
@@ -677,7 +911,13 @@ def test_hostile_and_damaged_patches(toy, load_script, tmp_path, monkeypatch, ca
         [sys.executable, SCRIPT, "apply", "--python", toy.python, "--patches", folder_of(patches, good=patch_text(TWO | NEW))], check=True
     )
     whole = toy.tree()
-    for kind, cases in (("hostile", hostile_patches()), ("damaged", damaged_patches())):
+    for name in ("TRITON_CACHE_DIR", "TRITON_HOME", "TORCHINDUCTOR_CACHE_DIR", "VLLM_CACHE_ROOT", "PIP_NO_INDEX"):
+        monkeypatch.setenv(name, str(tmp_path / "outside"))
+    others = itertools.chain.from_iterable(damaged_patches(text, 10) for text in OTHER_KINDS)
+    for kind, cases in (
+        ("hostile", itertools.chain(hostile_patches(), hostile_kinds())),
+        ("damaged", itertools.chain(damaged_patches(patch_text(TWO | NEW), 30), others)),
+    ):
         for what, text in cases:
             folder_of(patches, good=patch_text(TWO))
             monkeypatch.setattr(sys, "argv", ["", "revert", "--python", str(toy.python), "--patches", str(patches)])
@@ -701,7 +941,7 @@ def test_hostile_and_damaged_patches(toy, load_script, tmp_path, monkeypatch, ca
     counted = {key: outcomes.count(key) for key in sorted(set(outcomes))}
     with capsys.disabled():
         print(f"\ntried {len(outcomes)} hostile or damaged patches: {counted}")
-    assert sum(kind == "hostile" for kind, _ in outcomes) > 60 and len(outcomes) > 200
+    assert sum(kind == "hostile" for kind, _ in outcomes) > 60 and len(outcomes) > 450
 
 
 @pytest.mark.parametrize(
