@@ -26,6 +26,8 @@ VENV ?= .venv
 PYTHON3 ?= python3
 ## interpreter of every stage; name another environment's to use that
 PYTHON ?= $(VENV)/bin/python
+## for patch: check, apply, verify or revert, and packages; empty: status
+ARGS ?=
 
 export GPUS Q
 export PATH := $(if $(findstring /,$(PYTHON)),$(abspath $(dir $(PYTHON))):)$(PATH)
@@ -48,7 +50,7 @@ named = $(shell sed -n 's/^input: *\[\(.*\)\].*/\1/p' $(R)/$(patsubst eval-%,eva
 newer = $(if $(shell find -L $(call named,$(1)) -newer $(call done,$(1)) -print -quit 2>&1),FORCE)
 run = @echo "== $(notdir $(@D))" >&2; $(PYTHON) scripts/$(1) --config $(R)/$(notdir $(@D)).yaml --output $(@D) --overwrite
 
-.PHONY: FORCE help setup demo all table serve ask pretrain sft-preview eval eval-kb bench-sft-data bench-sft test lint lock snippets tidy
+.PHONY: FORCE help setup demo all table serve ask pretrain sft-preview eval eval-kb patch bench-sft-data bench-sft test lint lock snippets tidy
 .PHONY: clean-text dedup tokenizer tokens convert serve-pretrained base-model sft-data sft-gen sft kb
 
 help:
@@ -156,6 +158,9 @@ setup: ## build the environment, or mend it
 	$(build)
 $(VENV)/stamp.json: $(LOCK) $(wildcard patches/series patches/*/*.patch)
 	$(build)
+
+patch: | $(ENVIRONMENT) ## patches of third-party packages: their state in PYTHON's environment, or what ARGS says
+	@$(PYTHON3) scripts/patch_packages.py $(or $(ARGS),status) --python $(PYTHON)
 
 bench-sft-data: | $(ENVIRONMENT) ## speed of sft-data beside LLaMA-Factory's and Axolotl's own loading
 	@$(PYTHON) tests/bench/bench_sft_data.py

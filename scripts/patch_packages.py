@@ -531,6 +531,8 @@ class Environment:
     def build(self, patch):
         """Return {path: bytes} of what a source distribution's wheel holds, built with the patch by this Python, or kept from then."""
         archive, sha256 = SDIST.fullmatch(patch.fields["X-Sdist"]).groups()
+        about = self.about[patch.name]
+        check_writable([Path(about["root"]), Path(about["record"][0]).parent])
         kept = self.store / "wheels" / digest(f"{patch.sha256}{self.abi}".encode())[:16]
         work, log = self.store / "build", self.store / "build.log"
 
@@ -568,7 +570,7 @@ class Environment:
             kept.parent.mkdir(exist_ok=True)
             os.replace(work / "wheel", kept)
             shutil.rmtree(work)
-        wheel, about = next(kept.glob("*.whl")), self.about[patch.name]
+        wheel = next(kept.glob("*.whl"))
         try:
             with zipfile.ZipFile(wheel) as file:
                 files = {name: file.read(name) for name in file.namelist() if not name.endswith("/") and ".dist-info/" not in name}
