@@ -236,7 +236,7 @@ def parse_fields(text):
                 re.compile(fields["X-Raises"].partition(": ")[2])
                 ast.parse(fields["X-Probe"])
         except (re.error, SyntaxError, RecursionError, MemoryError, OverflowError) as error:
-            raise ValueError(f"X-Probe or X-Raises: {str(error).splitlines()[:1]}") from None
+            raise ValueError(f"X-Probe or X-Raises: {''.join(str(error).splitlines()[:1])}") from None
     if kind == "sdist" and not SDIST.fullmatch(fields["X-Sdist"]):
         raise ValueError("X-Sdist is not `NAME-VERSION.tar.gz SHA256`")
     if kind == "cache" and fields["X-Cache"] not in CACHES:
@@ -329,9 +329,9 @@ def moved(data, hunks):
 def changed(data, change):
     """Return a file's bytes (None: no file) as the change leaves them; None unless they come out as its hashes say. The hunks' lines
     are those of the release that the first hash is of."""
-    before, elsewhere = digest(data), moved(data or b"", change.hunks)
-    for hunks in [change.hunks] if before == next(iter(change.hashes)) else [change.hunks, elsewhere]:
-        new = apply_hunks(data or b"", hunks)
+    before, text = digest(data), data or b""
+    for hunks in [change.hunks] if before == next(iter(change.hashes)) else [change.hunks, moved(text, change.hunks)]:
+        new = apply_hunks(text, hunks)
         if digest(new) == change.hashes.get(before):
             return new
     return None
@@ -446,12 +446,12 @@ class Environment:
         if "X-Probe" not in patch.fields:
             return
         line, expected = self.failure(patch)
-        if expected:
-            self.probed[patch.name] = (state, f"{line}; {pinned(patch)}" if state == "pin" else line)
-        elif line:
-            self.probed[patch.name] = ("conflict", f"its probe ends otherwise than by {patch.fields['X-Raises']!r}: {line}")
-        else:
-            self.probed[patch.name] = ("not-affected", "its probe passes without it")
+        if not line:
+            state, line = "not-affected", "its probe passes without it"
+        elif not expected:
+            state = "pin" if state == "pin" else "conflict"
+            line = f"its probe ends otherwise than by {patch.fields['X-Raises']!r}: {line}"
+        self.probed[patch.name] = (state, f"{line}; {pinned(patch)}" if state == "pin" else line)
 
     @property
     def applied(self):
@@ -470,6 +470,7 @@ class Environment:
         with open(self.store / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             self.recover()
+            shutil.rmtree(self.store / "build", ignore_errors=True)
             for package in {entry["package"] for entry in self.applied.values()}:
                 with contextlib.suppress(RefusedError):
                     if not self.standing(package):
@@ -548,7 +549,6 @@ class Environment:
 
         if not kept.exists():
             print(f"patch_packages: building {archive} from source; this can take minutes", file=sys.stderr, flush=True)
-            shutil.rmtree(work, ignore_errors=True)
             log.unlink(missing_ok=True)
             work.mkdir()
             pip = work / "venv" / "bin" / "python", "-m", "pip"

@@ -1,6 +1,7 @@
 """scripts/patch_packages.py on small packages in environments of their own: applied and reverted, refused, damaged, killed, linked."""
 
 import base64
+import contextlib
 import csv
 import ctypes
 import difflib
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import time
 import venv
 from pathlib import Path
 from types import SimpleNamespace
@@ -511,17 +513,25 @@ def test_a_probe_that_passes_before(toy, tool, tmp_path):
 
 
 def test_a_probe_without_an_end_leaves_no_process(toy, load_script, tmp_path, monkeypatch, capsys):
-    probe = "import os, subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(987)'])"
-    module, patches = (
-        load_script("patch_packages.py"),
-        folder_of(tmp_path / "patches", plus=patch_text(TWO, X_Probe=probe, X_Raises="E: x")),
-    )
+    probe = f"import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(987)', '{tmp_path}/marker'])"
+    module = load_script("patch_packages.py")
+    patches = folder_of(tmp_path / "patches", plus=patch_text(TWO, X_Probe=probe, X_Raises="E: x"))
     monkeypatch.setattr(module, "PATIENCE", 3)
     monkeypatch.setattr(sys, "argv", ["", "apply", "--python", str(toy.python), "--patches", str(patches)])
     before = toy.tree()
     assert module.main() == 3 and "no end within 3 s" in capsys.readouterr().err and toy.tree() == before
-    lines = [p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if p.exists()]
-    assert not [line for line in lines if b"sleep(987)" in line]
+
+    def left():
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                if f"{tmp_path}/marker".encode() in path.read_bytes().split(b"\0"):
+                    yield path
+
+    for _ in range(50):  # what was killed may take a moment to go
+        if not list(left()):
+            return
+        time.sleep(0.1)
+    raise AssertionError(list(left()))
 
 
 def test_other_releases(toy, tool, states, tmp_path):
@@ -560,6 +570,9 @@ def test_a_pin_does_not_hold_up_the_rest(toy, tool, tmp_path):
     done = tool("apply", toy, patches)
     assert done.returncode == 3 and "install 'toy>=2'" in done.stderr and len(done.stderr.splitlines()) == 1 and toy.sum() == 3
     assert tool("verify", toy, patches).returncode == 0 and tool("revert", toy, patches).returncode == 0 and toy.tree() == before
+    folder_of(patches, pin=pin.replace("import toy", "import toy, missing"), plus=patch_text(TWO))
+    done = tool("apply", toy, patches)
+    assert done.returncode == 3 and "No module named 'missing'" in done.stderr and toy.sum() == 3
     folder_of(patches, pin=pin.replace("assert toy.add(0, 1) == 2", "assert True"))
     assert tool("apply", toy, patches).returncode == 0
 
