@@ -318,11 +318,14 @@ LOAD = """
 """
 
 
-def compiled(path, name="cuda_utils", source=OBJECT, include=None):
+HEADERS = f"-I{sysconfig.get_paths()['include']}"
+
+
+def compiled(path, name="cuda_utils", source=OBJECT, *flags):
     """Compile an extension as Triton does: its file name tells nothing of Python."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    source, words = source.replace("NAME", name), ["gcc", "-O3", "-shared", "-fPIC", "-xc", "-", "-o", path]
-    subprocess.run([*words, f"-I{include or sysconfig.get_paths()['include']}"], input=source, text=True, check=True)
+    words = ["gcc", "-O3", "-shared", "-fPIC", "-w", "-xc", "-", "-o", path, *(flags or [HEADERS])]
+    subprocess.run(words, input=source.replace("NAME", name), text=True, check=True)
     return path
 
 
@@ -338,16 +341,20 @@ def newer_headers():
 def test_stale_triton_cache(tool, tmp_path):
     """What a newer Python compiled is removed wherever Triton is told to keep it, and nothing else."""
     env, cache = Env(tmp_path / "env"), tmp_path / "cache"
-    for name, data in members("triton", "3.3.1", r"triton-.*\.dist-info/.*[^/]").items():
+    for name, data in members("triton", "3.3.1", r"triton-.*\.dist-info/.*[^/]|.*/nvidia/driver\.c|.*/cuda\.h").items():
         (env.site / name).parent.mkdir(parents=True, exist_ok=True)
         (env.site / name).write_bytes(data)
+    driver = (env.site / "triton/backends/nvidia/driver.c").read_text()
+    theirs = f"-I{env.site / 'triton/backends/nvidia/include'}"
     # Without the macro the headers of this Python give the object that those of 3.13 give with it
     unclean = OBJECT.replace("#define PY_SSIZE_T_CLEAN", "")
     stale = compiled(cache / "KEY1" / "cuda_utils.so", source=unclean)
+    others = []
     for include in newer_headers():
-        stale = compiled(cache / "KEY1" / "cuda_utils.so", include=include)
-        assert b"_SizeT" not in stale.read_bytes()
+        stale = compiled(cache / "KEY1" / "cuda_utils.so", "cuda_utils", OBJECT, f"-I{include}")
+        others = [compiled(cache / "KEY5" / "cuda_utils.so", "cuda_utils", driver, f"-I{include}", theirs)]
     kept = [
+        compiled(cache / "KEY6" / "cuda_utils.so", "cuda_utils", driver, HEADERS, theirs),
         compiled(cache / "KEY2" / "hip_utils.so", "hip_utils"),
         compiled(cache / "KEY3" / "__triton_launcher.so", "__triton_launcher", unclean.replace("ss#ii", "ssOii")),
         compiled(tmp_path / "elsewhere" / "cuda_utils.so", source=unclean),
@@ -355,8 +362,8 @@ def test_stale_triton_cache(tool, tmp_path):
     shutil.copy(stale, cache / "cuda_utils.so")
     shutil.copy(stale, cache / "KEY2" / "kernel.cubin")
     (cache / "KEY3" / "text.so").write_bytes(b"\0PyArg_ParseTuple\0s#\0")
-    (cache / "KEY2" / "link.so").symlink_to(kept[2])
-    (cache / "KEY4").symlink_to(kept[2].parent)
+    (cache / "KEY2" / "link.so").symlink_to(kept[-1])
+    (cache / "KEY4").symlink_to(kept[-1].parent)
 
     def files():
         return {p: p.read_bytes() for folder in (cache, tmp_path / "elsewhere") for p in folder.rglob("*") if p.is_file()}
@@ -369,20 +376,21 @@ def test_stale_triton_cache(tool, tmp_path):
         "VLLM_CACHE_ROOT": tmp_path / "vllm",
         "TRITON_HOME": tmp_path / "home",
     }
-    others = [
+    elsewhere = [
         tmp_path / "inductor/triton/0/KEY/cuda_utils.so",
         tmp_path / "vllm/torch_compile_cache/HASH/rank_0_0/triton_cache/KEY/cuda_utils.so",
         tmp_path / "home/.triton/cache/KEY/cuda_utils.so",
     ]
-    for path in others:
+    for path in elsewhere:
         path.parent.mkdir(parents=True)
         shutil.copy(stale, path)
+    gone = [stale, *others, *elsewhere]
     variables = {name: str(path) for name, path in places.items()}
     found = tool("check", env, "triton", code=1, **variables)
-    assert found["state"] == "applicable" and all(str(path) in found["reason"] for path in (stale, *others)), found
-    assert "elsewhere" not in found["reason"] and "KEY2" not in found["reason"] and files() == before
+    assert found["state"] == "applicable" and found["reason"].count(".so") == len(gone), found
+    assert all(str(path) in found["reason"] for path in gone) and files() == before
     assert tool("apply", env, "triton", **variables)["state"] == "not-affected"
-    assert files() == {path: data for path, data in before.items() if path != stale} and not any(path.exists() for path in others)
+    assert files() == {path: data for path, data in before.items() if path not in gone} and not any(path.exists() for path in gone)
     compiled(stale)  # as Triton does when it finds none
     assert env.call(load) == "5" and tool("apply", env, "triton", **variables)["state"] == "not-affected" and stale.exists()
     assert tool("revert", env, "triton", **variables)["state"] == "not-affected"
