@@ -72,6 +72,7 @@ REMEDIES = {
     "variable-threads": "unset it, or set it to a number of cores",
     "variable-libraries": "unset LD_LIBRARY_PATH: torch brings its own CUDA libraries",
     "variable-bytecode": "unset it: with bytecode each start is seconds faster",
+    "check": "this is a fault of doctor.py: report the line",
     "compile-compiler": "apt install gcc g++, or let CC and CXX name what is there",
     "compile-headers": "apt install python3.11-dev, or take a Python that has its headers",
     "compile-cache": "delete the damaged caches: {caches}",
@@ -460,8 +461,12 @@ def query_gpus():
 
 
 def choose(gpus, asked):
-    """Return the ids of the GPUs that the recipe will use: --gpus, else CUDA_VISIBLE_DEVICES where it holds such ids, else all."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    """Return the ids of the GPUs that the recipe will use: --gpus, else CUDA_VISIBLE_DEVICES where it holds such ids, else all.
+
+    An empty CUDA_VISIBLE_DEVICES hides every GPU."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip()
+    if not asked and visible in ("", "-1"):
+        return []
     return asked or ([int(word) for word in visible.split(",")] if re.fullmatch(r"\d+(,\d+)*", visible) else list(gpus))
 
 
@@ -525,12 +530,13 @@ def available_memory():
 
 def check_environment(report, args, facts, stamp):
     """The environment against its lock, and its packages against one another."""
-    lock = Path(args.lock) if args.lock else None
     if not stamp:
         report.add("none", "environment", f"{facts['prefix']} was not built by `make setup`: no lock to compare it with")
-    elif lock and lock.is_file():
-        lines = [line.strip().split("==") for line in lock.read_text(encoding="utf-8").splitlines() if "==" in line]
-        wanted, there = {canonical(name): version for name, version in lines}, facts["versions"]
+    else:
+        lock, there, wanted = Path(args.lock or "its lock"), facts["versions"], stamp.get("lock") or {}
+        if lock.is_file():
+            wanted = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", lock.read_text(encoding="utf-8"), re.M))
+        wanted = {canonical(name): version for name, version in wanted.items()}
         other = [f"{name} {there.get(name, 'missing')}, not {version}" for name, version in wanted.items() if there.get(name) != version]
         broken = [name for name in facts["damaged"] if canonical(name) in wanted]
         said = [f"{len(other)} packages differ from {lock.name} ({'; '.join(other[:3])})"] if other else []
@@ -589,7 +595,8 @@ def check_gpus(report, gpus, complaint, chosen, needs, running):
     if gpus and unknown:
         report.add("bad", "gpu", f"there is no GPU {', '.join(map(str, unknown))}; nvidia-smi shows {', '.join(map(str, gpus))}")
     elif gpus and len(chosen) < needs["gpus"]:
-        report.add("bad", "gpu", f"the recipe needs {needs['gpus']} GPUs, {len(chosen)} are chosen")
+        hidden = f" by CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']!r}" if "CUDA_VISIBLE_DEVICES" in os.environ else ""
+        report.add("bad", "gpu", f"the recipe needs {needs['gpus']} GPUs, {len(chosen)} are chosen{hidden}")
     for index in (index for index in chosen if index in gpus):
         gpu = gpus[index]
         holders = []
@@ -692,7 +699,11 @@ def check_hub(report, needs, probe):
 
 def caches():
     """Return {name: (folder, variable that moves it)} of what grows outside the repository."""
-    user, home = getpass.getuser(), Path.home()
+    home = Path.home()
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user that has no name; torch calls it so
+        user = f"uid_{os.getuid()}"
     general = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
     default = {
         "Hugging Face": ("HF_HOME", general / "huggingface"),
@@ -746,9 +757,8 @@ def check_patches(report, probe, args):
     except (ValueError, KeyError, TypeError):
         report.add("warn", "patches", f"their state is unknown: {last_line(error) if code is not None else 'no answer'}")
         return
-    waiting = [
-        f"{name} ({state})" for name, state in states.items() if state not in ("applied", "not-installed", "not-affected", "upstream-fixed")
-    ]
+    done = ("applied", "not-installed", "not-affected", "upstream-fixed")
+    waiting = [f"{name} ({state})" for name, state in states.items() if state not in done]
     applied = sum(state == "applied" for state in states.values())
     report.add("warn" if waiting else "ok", "patches", "; ".join(waiting) or f"{applied} applied, none pending")
 
@@ -759,11 +769,7 @@ def check_variables(report, facts, world):
     service = sorted(name for name, value in env.items() if name.startswith("VLLM_") and re.match(r"(tcp|udp)://", value))
     service += sorted(name for name in env if re.fullmatch(r"VLLM_(SERVICE_(HOST|PORT\w*)|PORT_\d+_\w+)", name) and name not in service)
     if service:
-        report.add(
-            "warn",
-            "variable-kubernetes",
-            f"{', '.join(service[:4])}: from a Kubernetes service named vllm; vLLM takes VLLM_PORT for its own",
-        )
+        report.add("warn", "variable-kubernetes", f"{', '.join(service[:4])}: of a Kubernetes service named vllm; vLLM reads VLLM_PORT too")
     unknown = [name for name in env if name.startswith("VLLM_") and facts["known"] and name not in facts["known"] and name not in service]
     ignored = sorted({*unknown, *(["VLLM_DISABLE_TORCH_COMPILE"] if "VLLM_DISABLE_TORCH_COMPILE" in env else [])})
     if ignored:
@@ -776,20 +782,28 @@ def check_variables(report, facts, world):
     threads = env.get("OMP_NUM_THREADS", "1")
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", threads) or int(threads.split(",")[0]) > (os.cpu_count() or 1):
         report.add("warn", "variable-threads", f"OMP_NUM_THREADS={threads} on {os.cpu_count()} cores")
-    libraries = [
-        folder
-        for folder in env.get("LD_LIBRARY_PATH", "").split(":")
-        if folder
-        and any(path for kind in ("cudart", "nvJitLink", "cudnn", "nccl", "cublas") for path in Path(folder).glob(f"lib{kind}.so*"))
-    ]
+    kinds = re.compile(r"lib(cudart|nvJitLink|cudnn|nccl|cublas)\.so")
+    folders = [Path(folder) for folder in env.get("LD_LIBRARY_PATH", "").split(":") if folder]
+    libraries = [str(folder) for folder in folders if any(kinds.match(path.name) for path in folder.glob("*.so*"))]
     if libraries:
-        report.add(
-            "warn", "variable-libraries", f"LD_LIBRARY_PATH puts {', '.join(libraries)} before the CUDA libraries that torch was built with"
-        )
+        report.add("warn", "variable-libraries", f"LD_LIBRARY_PATH puts {', '.join(libraries)} before torch's own CUDA libraries")
     if env.get("PYTHONDONTWRITEBYTECODE"):
         report.add("warn", "variable-bytecode", "PYTHONDONTWRITEBYTECODE: every start compiles what it imports again")
     if len(report.findings) == found:
         report.add("ok", "variables", "none that does nothing or harms")
+
+
+def check_compile(report, args, facts, gpus, chosen):
+    """What `doctor.py compile` found, if it has been asked since something changed."""
+    verdict = kept_verdict(args, facts, gpus, chosen)[2]
+    if not verdict:
+        report.add("none", "compile", "not tried yet: `python scripts/doctor.py compile` does it in a minute")
+    elif verdict["verdict"] == "compile":
+        report.add("ok", "compile", "torch.compile works")
+    else:
+        switches = " ".join([*(f"{name}={value}" for name, value in verdict["environment"].items()), *verdict["vllm_args"]])
+        text = f"torch.compile: {verdict['cause']}; vLLM works with {switches}"
+        report.findings.append({"id": verdict["id"], "mark": "warn", "text": text, "remedy": verdict["remedy"]})
 
 
 def read_facts(python, limit, probe=None):
@@ -836,44 +850,34 @@ def check(args):
             report.add("bad", "python", f"{args.python} does not work: {why}")
         else:
             report.add("bad", "environment", why)
-        own = facts or read_facts(sys.executable, args.time_limit)[0] or {"include": "", "known": []}
-        stamp = {}
+        own, stamp = facts or read_facts(sys.executable, args.time_limit)[0] or {"include": "", "known": []}, {}
+        torch = facts and "torch" in facts["versions"]
         if facts:
             with contextlib.suppress(OSError, ValueError):
                 stamp = json.loads(Path(facts["prefix"], "stamp.json").read_text(encoding="utf-8"))
-            check_environment(report, args, facts, stamp)
-        check_machine(report, args, needs, own)
-        if facts:
-            check_imports(report, probes["imports"], args, gpus, needs)
-        check_gpus(report, gpus, complaint, chosen, needs, running)
-        if facts and "torch" in facts["versions"] and "all-reduce" in probes:
-            check_all_reduce(report, probes["all-reduce"], args, world, nccl)
-        if facts and "torch" in facts["versions"]:
-            check_compile(report, kept_verdict(args, facts, gpus, chosen)[2])
-        if needs["serves"] or not args.recipe:
-            check_port(report, args.port, running)
-        check_hub(report, needs, probes.get("hub"))
-        check_caches(report)
-        if facts:
-            check_patches(report, probes.get("patches"), args)
-        check_variables(report, own, len(nccl))
+        steps = [
+            facts and (check_environment, args, facts, stamp),
+            (check_machine, args, needs, own),
+            facts and (check_imports, probes["imports"], args, gpus, needs),
+            (check_gpus, gpus, complaint, chosen, needs, running),
+            torch and "all-reduce" in probes and (check_all_reduce, probes["all-reduce"], args, world, nccl),
+            torch and (check_compile, args, facts, gpus, chosen),
+            (needs["serves"] or not args.recipe) and (check_port, args.port, running),
+            (check_hub, needs, probes.get("hub")),
+            (check_caches,),
+            facts and (check_patches, probes.get("patches"), args),
+            (check_variables, own, len(nccl)),
+        ]
+        for step, *values in filter(None, steps):
+            try:
+                step(report, *values)
+            except Exception as error:  # the other checks are worth as much on a machine that nobody has foreseen
+                name = step.__name__.removeprefix("check_")
+                report.add("warn", "check", f"{name}: {type(error).__name__}: {error}")
     finally:
         for probe in probes.values():
             probe.stop()
     return report
-
-
-def check_compile(report, verdict):
-    """What `doctor.py compile` found, if it has been asked since something changed."""
-    if not verdict:
-        report.add("none", "compile", "not tried yet: `python scripts/doctor.py compile` does it in a minute")
-    elif verdict["verdict"] == "compile":
-        report.add("ok", "compile", "torch.compile works")
-    else:
-        switches = " ".join([*(f"{name}={value}" for name, value in verdict["environment"].items()), *verdict["vllm_args"]])
-        report.findings.append(
-            {"id": verdict["id"], "mark": "warn", "text": f"{verdict['cause']}; vLLM works with {switches}"} | {"remedy": verdict["remedy"]}
-        )
 
 
 def compile_key(args, facts, gpus, chosen):

@@ -104,6 +104,12 @@ def test_an_interpreter_that_hangs_crashes_or_lies_is_a_finding(tmp_path, body, 
     assert not processes_of(broken)
 
 
+def test_a_check_that_fails_does_not_take_the_others_with_it():
+    _, found = doctor(env={"HF_HOME": "~nosuchuser/cache"})
+    assert found["check"]["mark"] == "warn" and "caches: RuntimeError" in found["check"]["text"]
+    assert {"compiler", "disk", "memory", "port", "patches"} <= found.keys()
+
+
 def test_a_probe_leaves_no_process_even_of_children_that_refuse_to_end(load_script, tmp_path):
     module = load_script("doctor.py")
     script = "trap '' TERM HUP; (trap '' TERM HUP; sleep 76) & sleep 76"
@@ -228,6 +234,8 @@ def test_who_uses_a_gpu_and_which_are_missing(tmp_path):
         assert found["gpu"]["mark"] == "bad" and "there is no GPU 7; nvidia-smi shows 0, 1" in found["gpu"]["text"]
         found = doctor("--recipe", ROOT / "recipes/qwen3-14b-lora", "--gpus", "0", env=env)[1]
         assert "needs 2 GPUs, 1 are chosen" in found["gpu"]["text"]
+        found = doctor("--recipe", ROOT / "recipes/qwen3-14b-lora", env=env | {"CUDA_VISIBLE_DEVICES": ""})[1]
+        assert "0 are chosen by CUDA_VISIBLE_DEVICES=''" in found["gpu"]["text"]
     finally:
         holder.kill()
         holder.wait()
