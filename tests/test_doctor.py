@@ -265,6 +265,20 @@ def test_workers_of_a_server_that_is_gone(tmp_path, load_script):
         servers[1].wait()
 
 
+@pytest.mark.parametrize(
+    ("top", "lost"),
+    [
+        ((1, 7, "u", "python -m vllm.entrypoints.openai.api_server"), []),
+        ((1, 7, "u", "python train.py"), []),
+        ((1, 1, "root", "python supervisor.py"), [8, 9]),  # a container's first process has taken them over
+        ((1, 7, "u", "bash"), [8, 9]),
+    ],
+)
+def test_an_engine_and_its_worker_are_orphans_together(load_script, top, lost):
+    running = {7: top, 8: (7, 7, "u", "VLLM::EngineCore"), 9: (8, 7, "u", "VLLM::Worker_TP1"), 10: (1, 10, "u", "vim VLLM::notes")}
+    assert load_script("doctor.py").orphans(running) == lost
+
+
 @pytest.mark.slow
 def test_a_torch_for_cpus_beside_a_gpu(tmp_path):
     import torch
