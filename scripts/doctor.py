@@ -332,6 +332,15 @@ class Probe:
             self.process.wait()
 
 
+def end_probes():
+    """End every probe that still runs, one that an interrupt has met at its start too."""
+    for pid, (parent, *_) in processes().items():
+        if parent == os.getpid():
+            for end in (os.killpg, os.kill):
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    end(pid, signal.SIGKILL)
+
+
 class Report:
     """The findings, in the order of the checks."""
 
@@ -827,57 +836,53 @@ def check(args):
     nccl = [index for index in chosen if index in gpus] if needs["gpus"] or args.gpus else []
     world = len(nccl) or 2
     probes = {}
-    try:
-        if exists:
-            probes["facts"] = Probe([args.python, "-c", FACTS])
-            probes["imports"] = Probe([args.python, "-c", IMPORTS], os.environ | gpu_environment(nccl))
-            if world > 1:
-                probes["all-reduce"] = start_all_reduce(args, world, nccl)
-            patcher = Path(__file__).with_name("patch_packages.py")
-            if patcher.exists() and (HOUSE / "patches/series").exists():
-                probes["patches"] = Probe([sys.executable, str(patcher), "status", "--json", "--python", str(Path(args.python).absolute())])
-        if any(not cached(model) for model in needs["models"]):
-            probes["hub"] = Probe(
-                [sys.executable, "-c", HUB, os.environ.get("HF_ENDPOINT", "https://huggingface.co") + "/api/models?limit=1"]
-            )
-        running = processes()
-        facts, why = read_facts(args.python, args.time_limit, probes["facts"]) if exists else (None, f"{args.python} does not exist")
-        if facts:
-            right = facts["version"].startswith("3.11") or not args.lock
-            report.add(
-                "ok" if right else "warn", "python", f"{facts['version']}, {args.python}" + ("" if right else "; the lock is for 3.11")
-            )
-        elif exists:
-            report.add("bad", "python", f"{args.python} does not work: {why}")
-        else:
-            report.add("bad", "environment", why)
-        own, stamp = facts or read_facts(sys.executable, args.time_limit)[0] or {"include": "", "known": []}, {}
-        torch = facts and "torch" in facts["versions"]
-        if facts:
-            with contextlib.suppress(OSError, ValueError):
-                stamp = json.loads(Path(facts["prefix"], "stamp.json").read_text(encoding="utf-8"))
-        steps = [
-            facts and (check_environment, args, facts, stamp),
-            (check_machine, args, needs, own),
-            facts and (check_imports, probes["imports"], args, gpus, needs),
-            (check_gpus, gpus, complaint, chosen, needs, running),
-            torch and "all-reduce" in probes and (check_all_reduce, probes["all-reduce"], args, world, nccl),
-            torch and (check_compile, args, facts, gpus, chosen),
-            (needs["serves"] or not args.recipe) and (check_port, args.port, running),
-            (check_hub, needs, probes.get("hub")),
-            (check_caches,),
-            facts and (check_patches, probes.get("patches"), args),
-            (check_variables, own, len(nccl)),
-        ]
-        for step, *values in filter(None, steps):
-            try:
-                step(report, *values)
-            except Exception as error:  # the other checks are worth as much on a machine that nobody has foreseen
-                name = step.__name__.removeprefix("check_")
-                report.add("warn", "check", f"{name}: {type(error).__name__}: {error}")
-    finally:
-        for probe in probes.values():
-            probe.stop()
+    if exists:
+        probes["facts"] = Probe([args.python, "-c", FACTS])
+        probes["imports"] = Probe([args.python, "-c", IMPORTS], os.environ | gpu_environment(nccl))
+        if world > 1:
+            probes["all-reduce"] = start_all_reduce(args, world, nccl)
+        patcher = Path(__file__).with_name("patch_packages.py")
+        if patcher.exists() and (HOUSE / "patches/series").exists():
+            probes["patches"] = Probe([sys.executable, str(patcher), "status", "--json", "--python", str(Path(args.python).absolute())])
+    if any(not cached(model) for model in needs["models"]):
+        probes["hub"] = Probe([sys.executable, "-c", HUB, os.environ.get("HF_ENDPOINT", "https://huggingface.co") + "/api/models?limit=1"])
+    running = processes()
+    facts, why = read_facts(args.python, args.time_limit, probes["facts"]) if exists else (None, f"{args.python} does not exist")
+    if facts:
+        right = facts["version"].startswith("3.11") or not args.lock
+        report.add(
+            "ok" if right else "warn", "python", f"{facts['version']}, {args.python}" + ("" if right else "; the lock is for Python 3.11")
+        )
+    elif exists:
+        report.add("bad", "python", f"{args.python} does not work: {why}")
+    else:
+        report.add("bad", "environment", why)
+        if args.lock and sys.version_info[:2] != (3, 11):
+            report.add("bad", "python", f"this is Python {sys.version.split()[0]}; the lock is for Python 3.11")
+    own, stamp = facts or read_facts(sys.executable, args.time_limit)[0] or {"include": "", "known": []}, {}
+    torch = facts and "torch" in facts["versions"]
+    if facts:
+        with contextlib.suppress(OSError, ValueError):
+            stamp = json.loads(Path(facts["prefix"], "stamp.json").read_text(encoding="utf-8"))
+    steps = [
+        facts and (check_environment, args, facts, stamp),
+        (check_machine, args, needs, own),
+        facts and (check_imports, probes["imports"], args, gpus, needs),
+        (check_gpus, gpus, complaint, chosen, needs, running),
+        torch and "all-reduce" in probes and (check_all_reduce, probes["all-reduce"], args, world, nccl),
+        torch and (check_compile, args, facts, gpus, chosen),
+        (needs["serves"] or not args.recipe) and (check_port, args.port, running),
+        (check_hub, needs, probes.get("hub")),
+        (check_caches,),
+        facts and (check_patches, probes.get("patches"), args),
+        (check_variables, own, len(nccl)),
+    ]
+    for step, *values in filter(None, steps):
+        try:
+            step(report, *values)
+        except Exception as error:  # the other checks are worth as much on a machine that nobody has foreseen
+            name = step.__name__.removeprefix("check_")
+            report.add("warn", "check", f"{name}: {type(error).__name__}: {error}")
     return report
 
 
@@ -1041,8 +1046,10 @@ def main():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # by way of what stops the probes
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        end_probes()
