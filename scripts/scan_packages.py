@@ -95,7 +95,8 @@ def missing(path):
         if not isinstance(value, (ModuleType, type)) or part in ("__main__", "conftest"):
             return None
         try:
-            value = getattr(value, part)
+            # what numpy removed from arrays stays in their class, and raises when an array is asked
+            value = getattr(numpy.zeros(1) if value is numpy.ndarray else value, part)
         except AttributeError as error:
             name = ".".join(parts[:count])
             try:
@@ -198,8 +199,9 @@ def walk(statements):
 
 def bindings(statements):
     """Return ({name: paths} that statements bind in their own scope, the same of names declared global); a path is the dotted
-    name of what is imported, None anything else. A None that is assigned for want of a module does not count."""
-    found, declared, todo = collections.defaultdict(set), set(), list(reversed(statements))
+    name of what is imported, None anything else. A None beside an
+    import, assigned for want of the module, does not count."""
+    found, declared, nothing, todo = collections.defaultdict(set), set(), set(), list(reversed(statements))
     while todo:
         node = todo.pop()
         match node:
@@ -213,7 +215,8 @@ def bindings(statements):
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
                 found[name].add(None)
                 continue
-            case ast.Assign(value=ast.Constant(value=None)):
+            case ast.Assign(targets=targets, value=ast.Constant(value=None)):
+                nothing |= {target.id for target in targets if isinstance(target, ast.Name)}
                 continue
             case ast.Global(names=names):
                 declared |= set(names)
@@ -223,6 +226,7 @@ def bindings(statements):
                 found[name].add(None)
         # of expressions only targets bind: to look for a := in all others would double the time
         todo += [n for n in ast.iter_child_nodes(node) if not isinstance(n, ast.expr) or isinstance(n, TARGETS)]
+    found |= {name: {None} for name in nothing - found.keys()}
     return {n: p for n, p in found.items() if n not in declared}, {n: p for n, p in found.items() if n in declared}
 
 
@@ -454,7 +458,7 @@ class Reader(ast.NodeVisitor):
         """Return why numpy.array(…, copy=False) may do as it did before numpy 2."""
         what = call.args[0] if call.args else None
         if not isinstance(copy, ast.Constant):
-            return "if copy is false, and one is needed"
+            return "if it is false, and a copy is needed"
         if isinstance(what, ast.List | ast.Tuple | ast.ListComp) or (isinstance(what, ast.Name) and what.id in sequences(self.function)):
             return ""
         return "if a copy is needed"
@@ -556,6 +560,7 @@ def edit(use, node, name, span, source, table):
 def judge(file, text, reader, given, facts, table):
     """Return the Findings of a file's uses of numpy. `facts`: what the environment's numpy lacks; `given`: what the package sets."""
     source, findings = text.encode(), []
+    table = {name: entry for name, entry in table.items() if "(" in name or facts["missing"].get(f"numpy.{name}", [0])[0] == 2}
     starts = [0, *(match.end() for match in re.finditer(rb"\n", source))]
 
     def span(node):
@@ -583,6 +588,12 @@ def judge(file, text, reader, given, facts, table):
     return findings
 
 
+def words_of(text):
+    """Return the strings and comments of a source."""
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return [token.string for token in tokens if token.type in (tokenize.STRING, tokenize.COMMENT)]
+
+
 def edited(text, edits):
     """Return a source with edits made; ValueError when it would not compile any more, or a string or a comment would change."""
     source, merged = text.encode(), []
@@ -593,10 +604,8 @@ def edited(text, edits):
             merged.append((start, end, new))
     for start, end, new in reversed(merged):
         source = source[:start] + new.encode() + source[end:]
-    kept = [[t.string for t in tokenize.generate_tokens(io.StringIO(s).readline) if t.type in (tokenize.STRING, tokenize.COMMENT)]
-            for s in (text, source.decode())]  # fmt: skip
     compile(source, "", "exec", dont_inherit=True)
-    if kept[0] != kept[1]:
+    if words_of(text) != words_of(source.decode()):
         raise ValueError("a string or a comment would change")
     return source.decode()
 
@@ -645,7 +654,7 @@ def find_packages(names, python):
 
 
 def scan(packages, python, np_float):
-    """Return ({package name: [Finding]}, {(package name, file): (text, encoding)}, numpy's version or "", the number of files,
+    """Return ({package name: [Finding]}, {(package name, file): encoding}, numpy's version or "", the number of files,
     [(file, why it was not read)])."""
     from tqdm import tqdm
 
@@ -670,17 +679,17 @@ def scan(packages, python, np_float):
             findings[package.name] += judge(package.shown + file, text, reader, given, facts, removed_names(np_float))
     for package, file in modules if as_numbers(facts["version"]) >= (2,) else ():
         findings[package.name] += judge_module(package.shown + file, package.root / file)
-    return findings, {key: read[:2] for key, read in readers.items()}, facts["version"], count, unread
+    return findings, {key: encoding for key, (_, encoding, _) in readers.items()}, facts["version"], count, unread
 
 
-def patch_of(package, findings, texts, version, np_float):
+def patch_of(package, findings, encodings, np_float):
     """Return the bytes of a patch file that makes the edits of a package's findings; b"" when there are none. Files of which the
     edits would not compile, or would change a string, are left out, with a word on stderr."""
     table, diffs, hashes, done = removed_names(np_float), [], [], []
     for file in dict.fromkeys(finding.file for finding in findings if finding.edits):
-        mine, (text, encoding) = [f for f in findings if f.file == file and f.edits], texts[package.name, file]
+        mine, encoding, old = [f for f in findings if f.file == file and f.edits], encodings[package.name, file], read(package.root / file)
         try:
-            old, new = text.encode(encoding), edited(text, [e for f in mine for e in f.edits]).encode(encoding)
+            new = edited(old.decode(encoding), [edit for f in mine for edit in f.edits]).encode(encoding)
         except (SyntaxError, ValueError) as error:
             print(f"scan_packages: {file}: to be mended by hand: {error}", file=sys.stderr)
             continue
@@ -692,8 +701,8 @@ def patch_of(package, findings, texts, version, np_float):
     if not done:
         return b""
     gates = [min(as_numbers(table[name][0]) for name in done), *(as_numbers(table[name][2]) for name in done)]
-    each = "".join(f" {name} -> {table[name][1]}, {done.count(name)} x\n" for name in dict.fromkeys(done))
-    head = f"Description: write what numpy removed as numpy {version} takes it\n{each}Origin: vendor, by scan_packages.py\nForwarded: no\n"
+    each = "".join(f" np.{name} -> {table[name][1]} ({done.count(name)})\n" for name in dict.fromkeys(done))
+    head = f"Description: use the present names of what numpy has removed\n{each}Origin: vendor, by scan_packages.py\nForwarded: no\n"
     head += f"X-Package: {package.name}\nX-Versions: =={package.version}\nX-Env: numpy>={'.'.join(map(str, max(gates)))}\nX-Sha256:\n"
     return head.encode() + "".join(hashes).encode() + b"".join(diffs)
 
@@ -744,10 +753,10 @@ def main():
     if args.write and (not all(p.version for p in packages) or (args.write.suffix == ".patch" and len(packages) != 1)):
         parser.error("--write takes installed packages, not paths, and FILE.patch exactly one")
     try:
-        findings, texts, version, count, unread = scan(packages, args.python, args.np_float)
+        findings, encodings, version, count, unread = scan(packages, args.python, args.np_float)
         written = {}
         for package in packages if args.write else ():
-            data = patch_of(package, findings[package.name], texts, version, args.np_float)
+            data = patch_of(package, findings[package.name], encodings, args.np_float)
             if data:
                 written[package.name] = str(write_patch(args.write, package, data, args.overwrite))
     except OSError as error:
