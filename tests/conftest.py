@@ -20,6 +20,12 @@ def clean_environment():
     return keep | quiet | {"OMP_NUM_THREADS": "1"}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state_folder(tmp_path_factory):
+    """What serve_vllm.py notes about running servers, and their logs, stay out of the home folder."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
 @pytest.fixture(scope="session")
 def run_script(tmp_path_factory):
     """run_script("name.py", *args, cwd=…, input=…, env=…): run a copy that stands alone in a folder; returns CompletedProcess (text)."""
