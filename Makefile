@@ -129,9 +129,9 @@ sft-preview: $(R)/sft.yaml $(call done,sft-data) $(BASE) | $(ENVIRONMENT) ## con
 SERVED := $(R)/serve.yaml $(if $(MODEL),,$(if $(call has,sft),$(call done,sft)))
 served = @$(PYTHON) scripts/serve_vllm.py $(1) --config $(R)/serve.yaml --port $(PORT) $(addprefix --gpus ,$(GPUS)) \
   $(addprefix --model ,$(or $(MODEL),$(if $(call has,sft),$(OUT)/sft)))
-serve: $(SERVED) | $(ENVIRONMENT) ## OpenAI-compatible server (vLLM) in the foreground
+serve: $(SERVED) | $(ENVIRONMENT) ## OpenAI-compatible server (vLLM); in the background: serve-up, serve-status, -logs, -down
 	$(call served,run)
-serve-up: $(SERVED) | $(ENVIRONMENT) ## the same in the background; then serve-status, serve-logs, serve-down
+serve-up: $(SERVED) | $(ENVIRONMENT)
 	$(call served,up)
 serve-status serve-logs serve-down:
 	@$(PYTHON) scripts/serve_vllm.py $(@:serve-%=%) --port $(PORT)

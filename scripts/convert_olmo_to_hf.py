@@ -770,7 +770,7 @@ def compare(native, model, parts, tokenizer, where):
     """Compare the logits of both models, in float32, and return the figures; SystemExit names the first layer that departs.
 
     Rows: text, random ids, the longest row that the model takes (its last 512 positions), and a prompt with 16 greedy tokens.
-    `greedy` in the figures is what serve_vllm.py --check asks the server for again: those tokens, and the log-probabilities of a text.
+    `greedy` in the figures is what prove_serving.py asks the server for again: those tokens, and the log-probabilities of a text.
     """
     import torch
     from tqdm import tqdm

@@ -64,6 +64,7 @@ PHASES = {
     "Starting to load model": "loading weights",
     "Loading weights took": "preparing",
     "Starting torch.compile": "compiling",
+    "Warming up model for the compilation": "compiling",  # on a CPU
     "KV cache size": "warming up",
     "Capturing CUDA graphs": "capturing CUDA graphs",
     "Starting vLLM server": "opening the port",
@@ -159,12 +160,12 @@ def check_vllm(problems):
     else:
         problems.append(f"vLLM is not installed beside {sys.executable}; {setup}")
         return ""
-    broken, folder = "", vllm_folder()
+    broken, folder = "", folder_of("vllm")
     if not folder or not (folder / "version.py").exists():
         broken = "its package is not there, only its metadata"
     elif not executable.exists():
         broken = f"{executable} does not exist"
-    elif not importlib.util.find_spec("torch"):
+    elif not folder_of("torch"):
         broken = "torch is not installed"
     elif wanted := {pin.partition("+")[0] for pin in re.findall(r"\btorch==([\w.+]+)", " ".join(needs))}:
         torch = importlib.metadata.version("torch")
@@ -175,19 +176,19 @@ def check_vllm(problems):
 
 
 @functools.cache
-def vllm_folder():
-    """Return the folder of the vLLM that this interpreter would import, None without one."""
-    spec = importlib.util.find_spec("vllm")
+def folder_of(package):
+    """Return the folder of the package that this interpreter would import, None without one."""
+    spec = importlib.util.find_spec(package)
     return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
 
 
 def check_architecture(config, flags, problems):
     """A sentence goes to `problems` when neither vLLM nor transformers lists the model's architecture, and it brings no code of its own."""
-    names, folder = config.get("architectures") or [], vllm_folder()
+    names, folders = config.get("architectures") or [], (folder_of("vllm"), folder_of("transformers"))
     plugins = [e.value for e in importlib.metadata.entry_points(group="vllm.general_plugins") if not e.value.startswith("vllm.")]
-    if not names or not folder or plugins or config.get("auto_map") or given(flags, "--model-impl", "--hf-overrides") is not None:
+    if not names or not all(folders) or plugins or config.get("auto_map") or given(flags, "--model-impl", "--hf-overrides") is not None:
         return
-    lists = [folder / "model_executor/models/registry.py", folder.parent / "transformers/models/auto/modeling_auto.py"]
+    lists = (folders[0] / "model_executor/models/registry.py", folders[1] / "models/auto/modeling_auto.py")
     text = "".join(path.read_text(encoding="utf-8") for path in lists if path.exists())
     if text and not any(f'"{name}"' in text for name in names):
         words = f"{', '.join(names)} is no architecture that the vLLM and transformers beside {sys.executable} know"
@@ -278,7 +279,10 @@ def check_adapters(flags, problems):
             continue
         adapter = read_json(folder / "adapter_config.json", problems)
         ranks.append(max([whole(adapter, "r"), *(adapter.get("rank_pattern") or {}).values()]))
-        check_shard(folder / "adapter_model.safetensors", frozenset(), {}, collections.Counter(), problems)
+        if not (files := [*folder.glob("adapter_model.*")]):
+            problems.append(f"the LoRA adapter {name} has no adapter_model.safetensors in {path}; copy or train it again")
+        for file in (file for file in files if file.suffix == ".safetensors"):
+            check_shard(file, frozenset(), {}, collections.Counter(), problems)
         if extra := sorted({*(adapter.get("modules_to_save") or ())} - {"classifier", "score"}):
             problems.append(
                 f"the LoRA adapter {name} holds whole modules ({', '.join(extra)}), which vLLM cannot add; merge it into its model"
@@ -727,8 +731,11 @@ class State:
 
     def __init__(self, port, **facts):
         self.file, self.facts = open(state_file(port), "a+", encoding="utf-8"), {"pid": os.getpid(), "port": port} | facts
-        fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self.tell("starting")
+        for _ in range(20):  # running() locks it for a moment
+            with contextlib.suppress(BlockingIOError):
+                return fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            time.sleep(0.1)
+        raise SystemExit(f"serve_vllm: another start on port {port} came first; see `status --port {port}`, or choose another port")
 
     def tell(self, phase, **facts):
         since = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
@@ -742,7 +749,6 @@ def wait_ready(server, api, log, state, limit):
     """Return the seconds until the server listens and is healthy; SystemExit says why it is not."""
     begun, phase, told, terminal = time.monotonic(), "importing vLLM", "", sys.stderr.isatty()
     with open(log, encoding="utf-8", errors="replace") as lines, contextlib.ExitStack() as end:
-        lines.seek(state.facts["log_start"])
         end.callback(print, end="\r\033[K" if terminal else "", file=sys.stderr, flush=True)
         while True:
             if server.process.poll() is not None:
@@ -838,10 +844,11 @@ def wait_end(server, api, log, chat):
 
 def serve(args, command, environment, model, state):
     """Start the server, wait until it is ready, and until it is to end; return the exit code. SystemExit when it ends before."""
-    log, grace = Path(state.facts["log"]), 5
+    log, grace = state_file(args.port).with_suffix(time.strftime(".%Y%m%d-%H%M%S.log")), 5
     api = Api(args.host, args.port, state.facts["served"], args.key)
-    with open(log, "a", encoding="utf-8") as file:
-        state.facts["log_start"] = file.tell()
+    state.tell("starting", log=str(log))
+    note(f"starting {args.model}; log: {log}")
+    with open(log, "w", encoding="utf-8") as file:
         server = Group(command, args.shutdown_timeout, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
     try:
         if "--headless" in command:
@@ -990,10 +997,8 @@ def main():
     if problems and not args.force:
         return 1
     environment = {name: value for name, value in (os.environ | changes).items() if value is not None}
-    log = state_file(args.port).with_suffix(time.strftime(".%Y%m%d-%H%M%S.log"))
     served = command[command.index("--served-model-name") + 1]
-    state = State(args.port, served=served, model=args.model, log=str(log), command=shlex.join(command))
-    note(f"starting {args.model}; log: {log}")
+    state = State(args.port, served=served, model=args.model)
     for attempt in itertools.count(1):
         try:
             return serve(args, command, environment, model, state)

@@ -423,7 +423,11 @@ def test_adapters_bring_their_flags(run_script, serve, model, tmp_path):
     words = ["--lora-modules", f"a={small}", f"b={tmp_path}/gone", f"c={whole}"]
     answer = run_script("serve_vllm.py", "--model", model, "--port", free_port(), "--", *words)
     assert answer.returncode == 1
-    for sentence in ("adapter_model.safetensors is missing", "the LoRA adapter b is not at", "c holds whole modules (embed_tokens)"):
+    for sentence in (
+        "the LoRA adapter a has no adapter_model.safetensors",
+        "the LoRA adapter b is not at",
+        "c holds whole modules (embed_tokens)",
+    ):
         assert sentence in answer.stderr
 
 
@@ -663,6 +667,14 @@ def test_the_cause_of_a_failure_is_the_root_one(serve, tmp_path):
     assert serve.cause(log) == "vllm serve: error: argument --dtype: invalid choice: 'x'"
 
 
+def test_the_phases_are_what_vllm_writes(serve):
+    """Each phrase stands in the source of the installed vLLM."""
+    folder = serve.folder_of("vllm")
+    text = "".join(path.read_text(encoding="utf-8") for part in ("v1", "entrypoints", "model_executor/model_loader", "compilation")
+                   for path in (folder / part).rglob("*.py"))  # fmt: skip
+    assert [words for words in serve.PHASES if words not in text] == []
+
+
 # From here on vLLM itself runs.
 
 
@@ -698,11 +710,13 @@ def proven(tmp_path_factory):
     return folder, tokenizer, following
 
 
-def start(folder, *words):
+def start(folder, *words, **variables):
     """Start serve_vllm.py as a user does; its standard error is read line by line."""
     command = [sys.executable, "-I", ROOT / "scripts" / "serve_vllm.py", "--model", folder, "--max-model-len", "256"]
     command += ["--dtype", "float32", *words]
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_environment())
+    return subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_environment() | variables
+    )
 
 
 def leader_of(pid):
@@ -811,7 +825,9 @@ def test_a_server_in_the_background_from_start_to_end(proven, tmp_path, run_scri
 
         os.kill(leader, signal.SIGKILL)
         assert wait_until(lambda: not group_members(leader), 30)
-        assert wait_until(lambda: manage("status", port).returncode == 0 and serve.running(port)["pid"] == pid, 120), "it starts again"
+        assert wait_until(lambda: serve.running(port)["phase"] != "ready", 30)
+        assert wait_until(lambda: serve.running(port)["phase"] == "ready", 120), "it starts again"
+        assert serve.running(port)["pid"] == pid
 
         stream = {"model": "tiny", "prompt": "A", "max_tokens": 500, "ignore_eos": True, "temperature": 0, "stream": True}
         request = urllib.request.Request(f"{api.root}/v1/completions", json.dumps(stream).encode(), {"Content-Type": "application/json"})
@@ -850,8 +866,9 @@ def test_kill_9_of_serve_leaves_neither_server_nor_client(proven, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["importing vLLM", "starting the engine", "compiling", "warming up"])
-def test_term_in_each_phase_of_a_start_ends_it(proven, phase):
-    process = start(proven[0], "--port", free_port(), *(["--", "-cc.mode=3"] if phase == "compiling" else []))
+def test_term_in_each_phase_of_a_start_ends_it(proven, phase, tmp_path):
+    compiling = ["--", "-cc.mode=3"] if phase == "compiling" else []
+    process = start(proven[0], "--port", free_port(), *compiling, VLLM_CACHE_ROOT=str(tmp_path))
     try:
         assert phase in read_until(process.stderr, phase), "the phase is told"
         leader = leader_of(process.pid)
