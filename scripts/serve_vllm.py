@@ -826,13 +826,8 @@ def run_beside(command, server, api, log):
     return code if code >= 0 else 128 - code
 
 
-def wait_end(server, api, log, chat):
-    """Say where the server is and wait for Ctrl-C or SIGTERM; return 0. SystemExit when it ends by itself."""
-    message = {"messages": [{"role": "user", "content": "Hello"}]}
-    path, ask = ("completions", {"prompt": "Hello"}) if chat is False else ("chat/completions", message)
-    key = ' -H "Authorization: Bearer $VLLM_API_KEY"' if api.key else ""
-    print(f"{api.root}/v1", flush=True)
-    note(f"try: curl {api.root}/v1/{path} -H 'Content-Type: application/json'{key} -d '{json.dumps({'model': api.model} | ask)}'")
+def wait_end(server, log):
+    """Wait for Ctrl-C or SIGTERM; return 0. SystemExit when the server ends by itself."""
     note("Ctrl-C stops it")
     try:
         server.process.wait()
@@ -840,6 +835,14 @@ def wait_end(server, api, log, chat):
         note("stopping; running requests may finish, a second Ctrl-C ends them")
         return 0
     raise Ended(server, log, True)
+
+
+def example(api, chat):
+    """Return a command that asks the server something."""
+    message = {"messages": [{"role": "user", "content": "Hello"}]}
+    path, ask = ("completions", {"prompt": "Hello"}) if chat is False else ("chat/completions", message)
+    key = ' -H "Authorization: Bearer $VLLM_API_KEY"' if api.key else ""
+    return f"curl {api.root}/v1/{path} -H 'Content-Type: application/json'{key} -d '{json.dumps({'model': api.model} | ask)}'"
 
 
 def serve(args, command, environment, model, state):
@@ -852,22 +855,29 @@ def serve(args, command, environment, model, state):
         server = Group(command, args.shutdown_timeout, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
     try:
         if "--headless" in command:
-            note("the workers of this node run; the server is on the first node")
-            return wait_end(server, api, log, False)
+            state.tell("ready", url="on the first node")
+            note("the workers of this node start; the server is on the first node")
+            return wait_end(server, log)
         seconds = wait_ready(server, api, log, state, args.ready_timeout)
-        certified = len(model["certificate"].get("conversations", ()))
-        for sentence, stops in ((first_answer(api, model), certified), (compare_certificate(api, model["certificate"]), True)):
+        certified, stops = len(model["certificate"].get("conversations", ())), model["certificate"].get("stop_ids")
+        answer, ids = first_answer(api, model), compare_certificate(api, model["certificate"])
+        for sentence, refused in ((answer, certified), (ids, True)):
             if sentence:
-                note(sentence + (", or start with --force" if stops else ""))
-                if stops and not args.force:
+                note(sentence + (", or start with --force" if refused and "--force" not in sentence else ""))
+                if refused and not args.force:
                     return 1
         if defaults := {key: model["generation"][key] for key in SAMPLING if key in model["generation"]}:
             words = ", ".join(f"{key} {value}" for key, value in defaults.items())
             note(f"unless a request says otherwise, generation_config.json says {words}; `-- --generation-config vllm` leaves that out")
         state.tell("ready", seconds=round(seconds), url=f"{api.root}/v1")
-        note(f"ready after {seconds:.0f} s" + (f", {certified} conversations have their trained token ids" if certified else ""))
+        proven = f"; {certified} conversations have their trained token ids, answers end by {stops}" if certified and not ids else ""
+        note(f"ready after {seconds:.0f} s{proven}")
         grace = args.shutdown_timeout + 10
-        return run_beside(args.then, server, api, log) if args.then else wait_end(server, api, log, model["chat"])
+        if args.then:
+            return run_beside(args.then, server, api, log)
+        print(f"{api.root}/v1", flush=True)
+        note(f"try: {example(api, model['chat'])}")
+        return wait_end(server, log)
     except (OSError, http.client.HTTPException) as error:
         if server.process.poll() is not None:
             raise Ended(server, log, False) from None
