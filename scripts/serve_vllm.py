@@ -571,7 +571,8 @@ def plan(args):
     config = model["config"].get("text_config") or model["config"]
     added = check_adapters(flags, problems)
     if model["chat"] is False:
-        problems.append(f"{args.model} has no chat template, so chat would return 400; `-- --chat-template FILE.jinja` gives it one")
+        way = "`-- --chat-template FILE.jinja` gives it one, --force serves completions alone"
+        problems.append(f"{args.model} has no chat template, so chat would return 400; {way}")
 
     gpus = {} if build == "cpu" and not args.gpus else query_gpus()
     chosen = [] if build == "cpu" and not args.gpus else choose_gpus(args, gpus)

@@ -402,10 +402,15 @@ def test_weights_are_counted_in_the_type_they_are_served_in(serve, model):
     assert serve.loaded({"BF16": 200, "F32": 400, "I32": 50, "F8_E4M3": 30}, 2) == 200 + 200 + 50 + 30
 
 
-def write_adapter(folder, **config):
+def write_adapter(folder, r=8, **config):
+    """Write a LoRA adapter for the hand-made model that changes nothing."""
     folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]} | config))
-    tensors = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": np.zeros((8, HIDDEN), np.float32)}
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"r": r, "lora_alpha": r, "target_modules": ["q_proj"], "bias": "none"} | config)
+    )
+    shapes = {"A": (r, HIDDEN), "B": (HIDDEN, r)}
+    name = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    tensors = {name.format(layer, part): np.zeros(shape, np.float32) for layer in range(LAYERS) for part, shape in shapes.items()}
     save_file(tensors, folder / "adapter_model.safetensors")
     return folder
 
@@ -780,7 +785,8 @@ def test_a_server_in_the_background_from_start_to_end(proven, tmp_path, run_scri
     port = free_port()
     edit("generation_config.json", temperature=0.7, top_k=20)(folder)
     words = ["--model", folder, "--port", port, "--served-model-name", "tiny", "--max-model-len", 512, "--dtype", "float32"]
-    started = run_script("serve_vllm.py", "up", *words, "--restarts", 1)
+    adapter = write_adapter(tmp_path / "adapter", r=32)
+    started = run_script("serve_vllm.py", "up", *words, "--restarts", 1, "--", "--lora-modules", f"sql={adapter}")
     try:
         assert started.returncode == 0, started.stderr
         assert started.stdout == f"http://127.0.0.1:{port}/v1\n"
@@ -797,6 +803,7 @@ def test_a_server_in_the_background_from_start_to_end(proven, tmp_path, run_scri
         assert f"`serve_vllm.py down --port {port}`" in second.stderr
 
         api = serve.Api("127.0.0.1", port, "tiny")
+        assert [entry["id"] for entry in api.call("/v1/models")["data"]] == ["tiny", "sql"]
         assert serve.compare_certificate(api, certificate(tokenizer)) == ""
         other = certificate(tokenizer)
         other["conversations"][1]["ids"][5] += 1
