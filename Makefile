@@ -50,9 +50,9 @@ named = $(shell sed -n 's/^input: *\[\(.*\)\].*/\1/p' $(R)/$(patsubst eval-%,eva
 newer = $(if $(shell find -L $(call named,$(1)) -newer $(call done,$(1)) -print -quit 2>&1),FORCE)
 run = @echo "== $(notdir $(@D))" >&2; $(PYTHON) scripts/$(1) --config $(R)/$(notdir $(@D)).yaml --output $(@D) --overwrite
 
-.PHONY: FORCE help setup demo all table serve ask pretrain sft-preview eval eval-kb patch bench-sft-data bench-sft test lint lock snippets tidy doctor
-.PHONY: clean-text dedup tokenizer tokens convert serve-pretrained base-model sft-data sft-gen sft kb
-.PHONY: serve-up serve-status serve-logs serve-down
+.PHONY: FORCE help setup demo all table serve ask pretrain sft-preview eval eval-kb patch bench-sft-data bench-sft test lint lock snippets
+.PHONY: tidy doctor clean-text dedup tokenizer tokens convert serve-pretrained base-model sft-data sft-gen sft kb serve-up serve-status
+.PHONY: serve-logs serve-down scan
 
 help:
 	@awk '/^## /{d=substr($$0,4);next} d&&/ \?= ?/{split($$0,a," [?]= ?");v[++n]=sprintf("  %-10s %-18s %s",a[1],a[2],d)} {d=""} \
@@ -188,6 +188,9 @@ lint: | $(ENVIRONMENT) ## ruff, shellcheck
 
 lock: | $(ENVIRONMENT) ## resolve requirements.in into both locks
 	@scripts/lock_requirements.sh
+
+scan: | $(ENVIRONMENT) ## uses of what numpy has removed, in PACKAGE of the environment of PYTHON; without it, in all
+	@$(PYTHON3) scripts/scan_packages.py --python $(PYTHON) $${PACKAGE:-}
 
 snippets: ## copy tests/snippets/ into the scripts that hold them
 	@$(PYTHON3) tests/sync_snippets.py

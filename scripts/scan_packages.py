@@ -1,7 +1,7 @@
 #!/usr/bin/env -S uv run --script
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["tqdm>=4.66"]
+# dependencies = []
 # ///
 """Find in installed packages what the numpy beside them has removed, and make a patch of what can be mended.
 
@@ -21,7 +21,7 @@ Writes  On stdout a line, or with --json an object, for each. --write FILE.patch
         its line in DIR/series: the certain uses that have an exact equivalent, in the format of patch_packages.py. Strings
         and comments stay as they are.
 Exit    0 done, whatever was found; 1 the environment or a file cannot be read; 2 usage; 3 refused, another patch is there.
-Needs   numpy in that environment, which may be one of Python 3.8 or newer; no network.
+Needs   The standard library alone, and numpy in that environment, which may be one of Python 3.8 or newer; no network.
 
 np.float was another name of the builtin float, so that takes its place. np.float64 (--np-float float64) is the same as a
 dtype, but as a key it is another one, and isinstance(1.0, np.float64) is false. np.bool and np.long are back in numpy 2, as
@@ -614,7 +614,7 @@ def edited(text, edits):
 
 
 def judge_module(file, path):
-    """Return the Findings of a compiled module under numpy 2: one that looks for numpy 1's C interface, and for no other."""
+    """Return the Findings, under numpy 2, of a compiled module: one that looks for numpy 1's C interface, and for no other."""
     if not path.is_file() or not path.stat().st_size:
         return []
     with open(path, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -656,10 +656,10 @@ def find_packages(names, python):
 def scan(packages, python, np_float):
     """Return ({package name: [Finding]}, {(package name, file): encoding}, numpy's version or "", the number of files,
     [(file, why it was not read)])."""
-    from tqdm import tqdm
-
     readers, findings, modules, unread, count = {}, {package.name: [] for package in packages}, [], [], 0
-    for package in tqdm(packages, unit="package", disable=None):
+    for number, package in enumerate(packages, 1):
+        if sys.stderr.isatty():
+            print(f"\r\033[K{number} of {len(packages)}: {package.name}", end="\r", file=sys.stderr, flush=True)
         for file in package.files:
             path = package.root / file
             count += path.suffix in (".py", ".so", ".pyd")
@@ -667,18 +667,18 @@ def scan(packages, python, np_float):
                 if path.suffix == ".py" and b"numpy" in (data := read(path)):
                     readers[package.name, file] = read_python(data)
                 elif path.suffix in (".so", ".pyd"):
-                    modules.append((package, file))
+                    modules += [(package, finding) for finding in judge_module(package.shown + file, path)]
             except (SyntaxError, ValueError, RecursionError) as error:
                 unread.append((package.shown + file, str(error)))
     wanted = sorted({use.path for _, _, reader in readers.values() for use in reader.uses})
-    facts = ask(python, NUMPY, wanted) if wanted else {"version": "", "missing": {}}
+    facts = ask(python, NUMPY, wanted) if wanted or modules else {"version": "", "missing": {}}
     for package in packages:
         mine = {file: read for (name, file), read in readers.items() if name == package.name}
         given = set().union(*(reader.given for _, _, reader in mine.values()))
         for file, (text, _, reader) in mine.items():
             findings[package.name] += judge(package.shown + file, text, reader, given, facts, removed_names(np_float))
-    for package, file in modules if as_numbers(facts["version"]) >= (2,) else ():
-        findings[package.name] += judge_module(package.shown + file, package.root / file)
+    for package, finding in modules if as_numbers(facts["version"]) >= (2,) else ():
+        findings[package.name].append(finding)
     return findings, {key: encoding for key, (_, encoding, _) in readers.items()}, facts["version"], count, unread
 
 
@@ -778,7 +778,7 @@ def main():
     for file, why in unread if not args.json else ():
         print(f"scan_packages: {file} was not read: {why}", file=sys.stderr)
     sure, mended = sum(row["level"] == "certain" for row in rows), sum(row["mended"] for row in rows)
-    told = f"{sure} certain, {len(rows) - sure} possible; --write mends {mended}"
+    told = f"{sure} certain, {len(rows) - sure} possible; --write can mend {mended}"
     print(f"{count} files, numpy {version or 'not used'}: {told}", file=sys.stderr)
     for name, path in written.items():
         print(f"{name}: {path}; add X-Probe and X-Raises, the call that failed, and run patch_packages.py apply", file=sys.stderr)
