@@ -239,16 +239,16 @@ def graph():
     torch.cuda.synchronize()
     same(values)
 def raw_triton():
-    import triton
-    import triton.language as tl
-    globals()["tl"] = tl
+    global tl
+    import triton, triton.language as tl
+    @triton.jit
+    def double(source, target, N: tl.constexpr):
+        at = tl.arange(0, N)
+        tl.store(target + at, tl.load(source + at) * 2)
     values = torch.empty_like(x)
-    triton.jit(double)[(1,)](x, values, N=x.numel())
+    double[(1,)](x, values, N=x.numel())
     if not torch.equal(values, 2 * x):
         raise ArithmeticError("a Triton kernel gives wrong numbers")
-def double(source, target, N: "tl.constexpr"):
-    at = tl.arange(0, N)
-    tl.store(target + at, tl.load(source + at) * 2)
 def inductor():
     torch._dynamo.reset()
     same(torch.compile(function)(x))
