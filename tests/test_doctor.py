@@ -361,6 +361,14 @@ def test_caches_that_cannot_be_written_and_locks_that_nobody_holds(tmp_path):
     assert finding["mark"] == "warn" and finding["remedy"].endswith(f"`rm {lock}`")
 
 
+@pytest.fixture(scope="module")
+def known(load_script):
+    """The variables that the installed vLLM reads."""
+    names = load_script("doctor.py").read_facts(OURS, 120)[0]["known"]
+    assert "VLLM_CACHE_ROOT" in names and len(names) > 100
+    return names
+
+
 @pytest.mark.parametrize(
     ("name", "text", "variables"),
     [
@@ -376,13 +384,9 @@ def test_caches_that_cannot_be_written_and_locks_that_nobody_holds(tmp_path):
         ("variable-bytecode", "PYTHONDONTWRITEBYTECODE", {"PYTHONDONTWRITEBYTECODE": "1"}),
     ],
 )
-def test_variables_that_do_nothing_or_harm(load_script, monkeypatch, tmp_path, name, text, variables):
+def test_variables_that_do_nothing_or_harm(load_script, known, monkeypatch, tmp_path, name, text, variables):
     (tmp_path / "libcudart.so.11.0").touch()
     module = load_script("doctor.py")
-    envs = (SITE / "vllm/envs.py").read_text(encoding="utf-8")
-    known = module.read_facts(OURS, 120)[0]["known"] if "vllm" not in KNOWN else KNOWN["vllm"]
-    KNOWN["vllm"] = known
-    assert "VLLM_CACHE_ROOT" in known and len(known) > 100 and '"VLLM_CACHE_ROOT"' in envs
     for variable in [*os.environ]:
         if variable.startswith(("VLLM_", "PYTORCH_", "TORCHDYNAMO", "OMP_NUM", "LD_LIB", "PYTHONDONT")):
             monkeypatch.delenv(variable)
@@ -399,9 +403,6 @@ def test_variables_that_do_nothing_or_harm(load_script, monkeypatch, tmp_path, n
         alone = module.Report()
         module.check_variables(alone, {"known": known}, 1)
         assert [finding["mark"] for finding in alone.findings] == ["ok"]
-
-
-KNOWN = {}
 
 
 @pytest.mark.slow
