@@ -708,9 +708,8 @@ class Ended(SystemExit):
 
 def state_file(port):
     """Return the path of the note of what runs on a port of this machine; home folders can be shared by several."""
-    state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "serve_vllm"
-    state.mkdir(parents=True, exist_ok=True)
-    return state / f"{socket.gethostname()}-{port}.json"
+    state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
+    return state / "serve_vllm" / f"{socket.gethostname()}-{port}.json"
 
 
 def running(port):
@@ -731,6 +730,7 @@ class State:
     """The note of this run, locked as long as the process lives, whatever ends it."""
 
     def __init__(self, port, **facts):
+        state_file(port).parent.mkdir(parents=True, exist_ok=True)
         self.file, self.facts = open(state_file(port), "a+", encoding="utf-8"), {"pid": os.getpid(), "port": port} | facts
         for _ in range(20):  # running() locks it for a moment
             with contextlib.suppress(BlockingIOError):
@@ -891,6 +891,7 @@ def serve(args, command, environment, model, state):
 def up(port, words):
     """Start this script with `words` in the background; return 0 when it is ready, else its exit code."""
     said = state_file(port).with_suffix(".out")
+    said.parent.mkdir(parents=True, exist_ok=True)
     with open(said, "wb") as file:
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": file}
         process = subprocess.Popen([sys.executable, __file__, *words], start_new_session=True, **streams)
