@@ -148,6 +148,9 @@ def test_the_sample_does_not_overlap_with_the_training_data():
                     windows += 1
                     assert line[at : at + 24] not in trained or line in ("Records:", "Question:", ""), (row["id"], line[at : at + 24])
     assert windows > 10_000
+    base = {record["id"] for record in read_jsonl(ROOT / "data/sample/errors/records.jsonl")}
+    ours = {name for row in sample_rows()["grounded"] for name in row["cite"]}
+    assert ours and not ours & base, "an id means one record"
 
 
 # Intervals

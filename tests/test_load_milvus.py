@@ -126,9 +126,9 @@ def demo(run_script, tmp_path_factory):
 def test_sample_base_is_whole(demo, script):
     folder, result = demo
     assert result.returncode == 0, result.stderr
-    assert result.stderr == "kb: 168 records in mcp_errors, self-recall@1 1.000; kb\n", "nothing but our sentence"
+    assert result.stderr == "kb: 325 records in mcp_errors, self-recall@1 1.000; kb\n", "nothing but our sentence"
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    counts = {"inserted": 168, "changed": 0, "deleted": 0, "unchanged": 0, "records": 168, "rejected": 0, "in_collection": 168}
+    counts = {"inserted": 325, "changed": 0, "deleted": 0, "unchanged": 0, "records": 325, "rejected": 0, "in_collection": 325}
     assert manifest["counts"].items() >= counts.items()
     assert manifest["metrics"]["self_recall_at_1"] == 1.0
     assert manifest["metrics"]["self_recall_at_1_bm25"] > 0.9
