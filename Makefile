@@ -26,8 +26,6 @@ VENV ?= .venv
 PYTHON3 ?= python3
 ## interpreter of every stage; name another environment's to use that
 PYTHON ?= $(VENV)/bin/python
-## for patch: check, apply, verify or revert, and packages; empty: status
-ARGS ?=
 
 export GPUS Q
 export PATH := $(if $(findstring /,$(PYTHON)),$(abspath $(dir $(PYTHON))):)$(PATH)
@@ -52,7 +50,7 @@ run = @echo "== $(notdir $(@D))" >&2; $(PYTHON) scripts/$(1) --config $(R)/$(not
 
 .PHONY: FORCE help setup demo all table serve ask pretrain sft-preview eval eval-kb patch bench-sft-data bench-sft test lint lock snippets
 .PHONY: tidy doctor clean-text dedup tokenizer tokens convert serve-pretrained base-model sft-data sft-gen sft kb serve-up serve-status
-.PHONY: serve-logs serve-down scan
+.PHONY: serve-logs serve-down
 
 help:
 	@awk '/^## /{d=substr($$0,4);next} d&&/ \?= ?/{split($$0,a," [?]= ?");v[++n]=sprintf("  %-10s %-18s %s",a[1],a[2],d)} {d=""} \
@@ -171,28 +169,28 @@ setup: ## build the environment, or mend it
 $(VENV)/stamp.json: $(LOCK) $(wildcard patches/series patches/*/*.patch)
 	$(build)
 
-patch: | $(ENVIRONMENT) ## patches of third-party packages: their state in PYTHON's environment, or what ARGS says
-	@$(PYTHON3) scripts/patch_packages.py $(or $(ARGS),status) --python $(PYTHON)
+patch: | $(ENVIRONMENT) ## state of the patches in PYTHON's environment; or ARGS="apply PACKAGE": check, apply, verify, revert, scan
+	@$(PYTHON3) scripts/patch_packages.py $${ARGS:-status} --python $(PYTHON)
 
-bench-sft-data: | $(ENVIRONMENT) ## speed of sft-data beside LLaMA-Factory's and Axolotl's own loading
+bench-sft-data: | $(ENVIRONMENT)
 	@$(PYTHON) tests/bench/bench_sft_data.py
-bench-sft: $(call done,sft-data) $(BASE) ## what the sft stage adds to the time of `axolotl train`, in pairs of runs
+bench-sft: $(call done,sft-data) $(BASE) ## what sft adds to the time of `axolotl train`; bench-sft-data, bench-serve: beside their peers
 	@$(PYTHON) tests/bench/bench_sft.py --recipe $(R)/sft.yaml --data $(OUT)/sft-data --model $(MODEL_OF)
 
 # Two files at a time (pytest-xdist): much of a test's time is one thread that imports a large package
 test: lint ## every test, the demo chain among them
 	@$(PYTHON) -m pytest -n 2 --dist loadfile --durations 20
 
-lint: | $(ENVIRONMENT) ## ruff, shellcheck
+# ruff, shellcheck
+lint: | $(ENVIRONMENT)
 	@ruff check . && ruff format --check . && shellcheck env.sh .ci/run scripts/*.sh
 
-lock: | $(ENVIRONMENT) ## resolve requirements.in into both locks
+# Resolve requirements.in into both locks
+lock: | $(ENVIRONMENT)
 	@scripts/lock_requirements.sh
 
-scan: | $(ENVIRONMENT) ## uses of what numpy has removed, in PACKAGE of the environment of PYTHON; without it, in all
-	@$(PYTHON3) scripts/scan_packages.py --python $(PYTHON) $${PACKAGE:-}
-
-snippets: ## copy tests/snippets/ into the scripts that hold them
+# Copy tests/snippets/ into the scripts that hold them
+snippets:
 	@$(PYTHON3) tests/sync_snippets.py
 
 tidy: ## delete the runs of RECIPE that a changed recipe has put aside

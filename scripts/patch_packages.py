@@ -11,6 +11,7 @@ Usage:
     python scripts/patch_packages.py apply --python ~/old-env/bin/python vllm mmh3
     python scripts/patch_packages.py verify
     python scripts/patch_packages.py revert
+    python scripts/patch_packages.py scan gym --write patches       # runs scan_packages.py, which lies beside this file
 
 Reads   PATCHES/series: one `PACKAGE/NNNN-slug.patch` a line, in order of application. A patch is a unified diff, paths
         relative to site-packages, below a DEP-3 header with these fields of its own:
@@ -860,6 +861,11 @@ def build_parser():
 
 def main():
     parser = build_parser()
+    if sys.argv[1:2] == ["scan"]:
+        scan = Path(__file__).resolve().with_name("scan_packages.py")
+        if not scan.exists():
+            parser.error(f"scan is the work of {scan.name}, which is not beside this file; copy it there")
+        os.execv(sys.executable, [sys.executable, str(scan), *sys.argv[2:]])
     args = parser.parse_intermixed_args()
     try:
         patches = read_patches(Path(args.patches))
