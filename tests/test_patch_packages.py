@@ -699,6 +699,27 @@ def test_a_source_that_is_not_built(toy, tool, tmp_path, why):
     assert len(done.stderr.splitlines()) == 2 and done.stderr.startswith("patch_packages: building toy-1.2 from source")
 
 
+def test_killed_while_it_builds(toy, tool, states, tmp_path):
+    """The compiler that it leaves behind goes on for a while; the next run does the work anew."""
+    waiting, folder = tmp_path / "waiting", tmp_path / "registry"
+    waiting.touch()
+    wait = f"    import time\n    while pathlib.Path({str(waiting)!r}).exists(): time.sleep(0.1)\n    info ="
+    patches, before = (
+        folder_of(tmp_path / "patches", plus=built(source_distribution(folder, BACKEND.replace("    info =", wait)))),
+        toy.tree(),
+    )
+    command = [sys.executable, SCRIPT, "apply", "--python", toy.python, "--patches", patches]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=os.environ | registry(folder)) as running:
+        while not (toy.prefix / ".patches/build/venv/bin/pip").exists():
+            time.sleep(0.1)
+            assert running.poll() is None, running.stderr.read()
+        running.kill()
+        waiting.unlink()
+    assert states(toy, patches) == ["applicable"] and toy.tree() == before and toy.sum() == 1
+    assert tool("apply", toy, patches, env=registry(folder)).returncode == 0 and toy.sum() == 3 and toy.unsound() == []
+    assert tool("revert", toy, patches).returncode == 0 and toy.tree() == before
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["installed", "sdist"])
 @pytest.mark.parametrize("command", ["apply", "revert"])
