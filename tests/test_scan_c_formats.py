@@ -59,6 +59,16 @@ LINES = {  # the lines of a function, with the macro: the levels of what is foun
     ("int n;", "return PyArg_ParseTuple(args,", "#if PY3", '        "y#",', "#else", '        "s#",', "#endif", "        &s, &n);"): [
         "certain"
     ],
+    (
+        "Py_ssize_t n;",
+        "return PyArg_ParseTuple(args,",
+        "#if PY3",
+        '        "y#",',
+        "#else",
+        '        "s#",',
+        "#endif",
+        "        &s, &n);",
+    ): [],
     ("int n;", '#define FORMAT "s#"', "return PyArg_ParseTuple(args, FORMAT, &s, &n);"): ["certain"],
     ("int n;", 'return PyArg_ParseTuple(args, UNKNOWN "s#", &s, &n);'): ["possible"],
     ("strange_t n;", f"return {PARSE};"): ["possible"],

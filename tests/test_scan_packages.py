@@ -104,6 +104,12 @@ def o():
     global late
     import numpy as late
 p = late.float
+try:
+    def q(pairs):
+        x, y = zip(*pairs)
+        return np.array(x, copy=False), np.float
+except (AttributeError, ValueError):
+    pass
 """
 CERTAINLY = [
     (5, "float_"),
@@ -126,6 +132,8 @@ CERTAINLY = [
     (29, "array(copy=False)"),
     (31, "ndarray.itemset"),
     (35, "float"),
+    (39, "array(copy=False)"),
+    (39, "float"),
 ]
 
 
@@ -155,6 +163,7 @@ POSSIBLE = {
     "try:\n    import numpy as xp\nexcept ImportError:\n    import other as xp\nx = xp.float": ["also bound to something else"],
     "from numpy import *\nx = product([1])": ["by import *"],
     "x = np.array(y, copy=False)": ["if a copy is needed"],
+    "def f(y):\n    x = [1]\n    x = y\n    return np.array(x, copy=False)": ["if a copy is needed"],
     "def f(y, copy=False):\n    return np.array(y, copy=copy)": ["if it is false, and a copy is needed"],
     "def f(y):\n    y.itemset(0, 1)": ["if this is an array"],
     "@skipif(np_version < '2')\ndef f():\n    return np.float": [CHECKED],
@@ -209,6 +218,7 @@ CHANGES = {
     "from numpy import array, float, ones, int": "from builtins import float, int\nfrom numpy import array, ones",
     "from numpy import (\n    float,  # a\n    e as a,\n)": None,
     "from numpy import (\n  e as a,\n  int,\n  NaN,\n)": "from builtins import int\nfrom numpy import (\n  e as a,\n  nan as NaN,\n)",
+    "from numpy import e, float, int": "from builtins import float, int\nfrom numpy import e",
     "from numpy import float, bool, long": "from builtins import float\nfrom numpy import bool, long",
     "if 1: from numpy import array, object": "if 1: from builtins import object; from numpy import array",
     "x = np.array([1], copy=False)": "x = np.asarray([1])",
