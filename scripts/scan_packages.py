@@ -60,10 +60,11 @@ REMOVED = """
 2.0 RankWarning=np.exceptions.RankWarning@2.0 TooHardError=np.exceptions.TooHardError@1.25
 2.0 VisibleDeprecationWarning=np.exceptions.VisibleDeprecationWarning@1.25 DataSource=np.lib.npyio.DataSource
 2.0 add_docstring=np.lib.add_docstring add_newdoc=np.lib.add_newdoc tracemalloc_domain=np.lib.tracemalloc_domain
-2.0 array(copy=False)=np.asarray() add_newdoc_ufunc asfarray cast compat deprecate deprecate_with_doc disp fastCopyAndTranspose
+2.0 array(copy=False)=np.asarray()@2.0 add_newdoc_ufunc asfarray cast compat deprecate deprecate_with_doc disp fastCopyAndTranspose
 2.0 find_common_type get_array_wrap geterrobj issctype issubclass_ issubsctype lookfor math maximum_sctype msort nbytes obj2sctype
 2.0 recfromcsv recfromtxt safe_eval sctype2char sctypes set_numeric_ops set_string_function seterrobj source who
 2.4 in1d=np.isin().ravel() trapz=np.trapezoid@2.0
+2.5 chararray=np.char.chararray row_stack=np.vstack
 """
 METHODS = {"itemset": "a[…] = …", "newbyteorder": "a.view(a.dtype.newbyteorder(…))", "ptp": "np.ptp(a, …)", "tostring": "a.tobytes()"}
 CHECKS = re.compile(r"(?<!con)(?<!in)version|(?:^|_)(?:numpy|np)[a-z_]*\d|^type_checking$|^py_?[23]|compat(?!ib)", re.I)
@@ -270,8 +271,6 @@ class Reader(ast.NodeVisitor):
         self.block(tree.body)
         self.calls, self.function = {}, None  # else the whole tree stays in memory
 
-    # names
-
     def resolve(self, name):
         """Return what a name is bound to here, as bindings() tells; None when nothing in the module binds it."""
         for depth, (names, kind) in enumerate(reversed(self.scopes)):
@@ -296,6 +295,11 @@ class Reader(ast.NodeVisitor):
             return None
         return ".".join([bound[0], *(n.attr for n in nodes[1:])]), nodes, bound[0].count(".") + 1, doubt
 
+    def numpy(self, node):
+        """Return what path() does, for paths that begin at numpy; else None."""
+        found = self.path(node)
+        return found if found and found[0].partition(".")[0] == "numpy" else None
+
     def use(self, path, nodes, first, error, kind="attribute", doubt="", call=None):
         """Note a use of a numpy path, with the reason for which it may not raise `error`."""
         catching = {error, error.replace("Import", "ModuleNotFound"), "Exception", "BaseException"}
@@ -304,8 +308,6 @@ class Reader(ast.NodeVisitor):
             nodes, kind = [self.text] * len(nodes), "text"
         shadowed = frozenset(n for n in ("bool", "complex", "float", "int", "object", "str") if self.resolve(n))
         self.uses.append(Use(path, nodes, first, kind, caught or doubt, call, shadowed))
-
-    # scopes
 
     def scope(self, names, kind, visit):
         self.scopes.append((names, kind))
@@ -340,8 +342,6 @@ class Reader(ast.NodeVisitor):
 
     visit_SetComp = visit_DictComp = visit_GeneratorExp = visit_ListComp
 
-    # guards
-
     def guarded(self, guards, visit):
         """Visit under more guards: (why, names of the exceptions that are caught; None: any)."""
         self.guards = [*self.guards, *guards]
@@ -353,7 +353,7 @@ class Reader(ast.NodeVisitor):
         for node in ast.walk(test):
             match node:
                 case ast.Call(func=ast.Name(id="hasattr" | "getattr" | "dir" | "vars"), args=[about, *_]):
-                    if (found := self.path(about)) and found[0].startswith("numpy"):
+                    if self.numpy(about):
                         return True
                 case ast.Name(id=name) | ast.Attribute(attr=name) if CHECKS.search(name):
                     return True
@@ -383,7 +383,7 @@ class Reader(ast.NodeVisitor):
 
     def visit_Try(self, node):
         caught = [{n.id for n in ast.walk(h.type) if isinstance(n, ast.Name)} if h.type else {"Exception"} for h in node.handlers]
-        about = any(isinstance(n, ast.Import | ast.ImportFrom) or (self.path(n) or [""])[0][:5] == "numpy" for n in walk(node.body))
+        about = any(isinstance(n, ast.Import | ast.ImportFrom) or self.numpy(n) for n in walk(node.body))
         self.guarded([("in a try that catches it", names) for names in caught], lambda: self.block(node.body))
         for handler, names in zip(node.handlers, caught, strict=True):
             guard = [("in place of what is missing", None)] if names & MISSING or (names & CATCHERS and about) else []
@@ -401,14 +401,6 @@ class Reader(ast.NodeVisitor):
 
     visit_AsyncWith = visit_With
 
-    def visit_For(self, node):
-        self.visit(node.iter)
-        self.visit(node.target)
-        self.block(node.body)
-        self.block(node.orelse)
-
-    visit_AsyncFor = visit_For
-
     def visit_AnnAssign(self, node):
         never = self.lazy or self.scopes[-1][1] == "function"
         self.guarded([("an annotation that is not evaluated", None)] if never else [], lambda: self.visit(node.annotation))
@@ -420,8 +412,6 @@ class Reader(ast.NodeVisitor):
         outer, self.text = self.text, self.text or node
         self.generic_visit(node)
         self.text = outer
-
-    # uses
 
     def visit_Import(self, node):
         for alias in node.names:
@@ -438,7 +428,7 @@ class Reader(ast.NodeVisitor):
         self.calls[id(node.func)] = node
         match node:
             case ast.Call(func=ast.Name(id="getattr" | "hasattr" | "setattr" as word), args=[about, ast.Constant(value=str(name)), *rest]):
-                if (found := self.path(about)) and found[0].partition(".")[0] == "numpy" and name.isidentifier():
+                if (found := self.numpy(about)) and name.isidentifier():
                     if word == "setattr":
                         self.given.add(f"{found[0]}.{name}")
                     elif word == "getattr" and not rest:
@@ -464,16 +454,16 @@ class Reader(ast.NodeVisitor):
         return "if a copy is needed"
 
     def visit_Attribute(self, node):
-        found = self.path(node)
+        found = self.numpy(node)
         if not found:
-            return self.generic_visit(node)
+            self.generic_visit(node)
+            return
         path, nodes, first, doubt = found
-        if path.partition(".")[0] == "numpy" and isinstance(node.ctx, ast.Load):
+        if isinstance(node.ctx, ast.Load):
             bound = doubt != "by import *"  # then the import itself is the use of the first names
             self.use(path, nodes[bound:], first + bound, "AttributeError", doubt=doubt, call=self.calls.get(id(node)))
-        elif path.partition(".")[0] == "numpy":
+        else:
             self.given.add(path)
-        return None
 
     def visit_Name(self, node):
         found = self.path(node) if isinstance(node.ctx, ast.Load) else None
@@ -488,9 +478,6 @@ class Reader(ast.NodeVisitor):
                 for child in value if isinstance(value, list) else [value]:
                     if isinstance(child, ast.AST):
                         self.visit(child)
-
-
-# what is found in Python
 
 
 def read(path):
@@ -553,8 +540,11 @@ def edit(use, node, name, span, source, table):
         base = source[slice(*span(node.value))].decode()
         return [] if new in use.shadowed else [(start, end, new.replace("np.", f"{base}."))]
     new, call, after = new.removeprefix("np.").partition("()")
-    rename = (end - len(name), end, new)
-    return [rename, (span(use.call)[1], span(use.call)[1], after)] if call and use.call else [] if call else [rename]
+    edits = [(end - len(name), end, new)]
+    if call:  # its result is changed too; its arguments have other names
+        end = span(use.call)[1] if use.call and not {"ar1", "ar2"} & {keyword.arg for keyword in use.call.keywords} else 0
+        edits = [*edits, (end, end, after)] if end else []
+    return edits
 
 
 def judge(file, text, reader, given, facts, table):
@@ -610,9 +600,6 @@ def edited(text, edits):
     return source.decode()
 
 
-# what is found in compiled modules
-
-
 def judge_module(file, path):
     """Return the Findings, under numpy 2, of a compiled module: one that looks for numpy 1's C interface, and for no other."""
     if not path.is_file() or not path.stat().st_size:
@@ -623,9 +610,6 @@ def judge_module(file, path):
         doubt = "only once an array is passed" if data.find(b"pybind11") >= 0 else ""
     note = "_ARRAY_API not found: compiled for numpy 1; no patch can help, pin numpy<2 or a release that was built for numpy 2"
     return [Finding(file, 0, "numpy 1 ABI", note, doubt)]
-
-
-# packages and patches
 
 
 def ask(python, code, question):
@@ -728,8 +712,9 @@ def write_patch(target, package, data, overwrite):
     if target.suffix != ".patch":
         series = target / "series"
         lines = series.read_text(encoding="utf-8").splitlines() if series.exists() else []
+        name = path.relative_to(target).as_posix()
         with write_atomic(series, "w") as file:
-            file.writelines(f"{line}\n" for line in dict.fromkeys([*lines, path.relative_to(target).as_posix()]))
+            file.writelines(f"{line}\n" for line in (lines if name in lines else [*lines, name]))
     return path
 
 

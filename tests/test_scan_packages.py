@@ -349,16 +349,21 @@ def test_random_sources_stay_sound(load_script):
     module, draw = load_script("scan_packages.py"), random.Random(5)
     table, texts = module.removed_names("float"), [text for text in CHANGES if not text.startswith(("def", "if"))]
     facts = {"version": "2.9", "missing": {f"numpy.{name}": [2, ""] for name in table}}
+
+    def mended(source):
+        text, _, reader = module.read_python(source.encode())
+        every = [edit for finding in module.judge("x.py", text, reader, set(), facts, table) for edit in finding.edits]
+        return text, module.edited(text, every), len(every)
+
+    flat = "import numpy as np\nx = np.in1d([[1]], np.product([1]))[0], np.in1d(ar1=1, ar2=2), map(np.in1d, y)\n"
+    assert mended(flat)[1] == flat.replace("in1d([[1]], np.product([1]))", "isin([[1]], np.prod([1])).ravel()")
     edits = 0
     for _ in range(200):
         lines = ["import numpy as np", *(draw.choice(texts) for _ in range(8))]
         source = "\n".join(line if draw.random() < 0.7 or "\n" in line else f"if 1:\n\t{line} # np.float 'é'" for line in lines)
-        text, _, reader = module.read_python(source.encode())
-        findings = module.judge("x.py", text, reader, set(), facts, table)
-        every = [edit for finding in findings for edit in finding.edits]
-        new = module.edited(text, every)
+        text, new, count = mended(source)
         assert module.words_of(new) == module.words_of(text)
-        edits += len(every)
+        edits += count
     assert edits > 1000
 
 
