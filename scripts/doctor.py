@@ -158,8 +158,8 @@ def devices():
     return {"cuda": torch.version.cuda, "devices": torch.cuda.device_count() if torch.version.cuda else 0}
 attempt("torch", lambda: importlib.import_module("torch").__version__)
 attempt("cuda", devices)
-for name in ("numpy", "torchvision", "torchaudio", "transformers", "bitsandbytes", "flash_attn", "xformers"):
-    if importlib.util.find_spec(name):
+for name in ("numpy", "torchvision", "torchaudio", "transformers", "bitsandbytes", "flash_attn", "xformers", "vllm._C"):
+    if importlib.util.find_spec(name.partition(".")[0]):
         attempt(name, lambda: importlib.import_module(name) and None)
 """
 

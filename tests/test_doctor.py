@@ -79,7 +79,7 @@ def test_nothing_stops_the_demo_here():
     for name in ("python", "environment", "conflicts", "compiler", "headers", "disk", "memory", "import", "all-reduce", "port"):
         assert found[name]["mark"] == "ok", found[name]
     assert re.search(r"\d+ packages as in requirements", found["environment"]["text"])
-    assert "overrides.txt overrules" in found["conflicts"]["text"]
+    assert "overrides.txt overrules" in found["conflicts"]["text"] and "vllm._C" in found["import"]["text"]
     assert re.search(r"\d applied, none pending", found["patches"]["text"]) or found["patches"]["mark"] == "warn"
 
 
@@ -188,6 +188,14 @@ def test_a_package_that_shadows_the_environments_own(tmp_path):
     finding = doctor(env={"PYTHONPATH": str(tmp_path)})[1]["shadowed"]
     assert finding["mark"] == "warn" and f"numpy is taken from {tmp_path.resolve()}" in finding["text"]
     assert "shadowed" not in doctor()[1]
+
+
+def test_a_package_whose_import_crashes_has_a_name(tmp_path):
+    (tmp_path / "numpy").mkdir()
+    (tmp_path / "numpy/__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
+    code, found = doctor(env={"PYTHONPATH": str(tmp_path)})
+    assert code == 1 and found["import"]["text"].startswith("import numpy: the process crashed (exit code -11)")
+    assert found["import"]["remedy"].endswith(": numpy")
 
 
 def test_compiler_and_headers(tmp_path):
