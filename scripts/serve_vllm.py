@@ -829,7 +829,7 @@ def run_beside(command, server, api, log):
 
 def wait_end(server, log):
     """Wait for Ctrl-C or SIGTERM; return 0. SystemExit when the server ends by itself."""
-    note("Ctrl-C stops it")
+    note("Ctrl-C or SIGTERM stops it")
     try:
         server.process.wait()
     except (KeyboardInterrupt, SystemExit):  # the latter from SIGTERM

@@ -368,7 +368,7 @@ BROKEN = {
 def test_a_model_that_is_not_whole_is_refused_before_vllm_starts(case, run_script, model):
     damage, words = BROKEN[case]
     damage(model)
-    answer = run_script("serve_vllm.py", "--model", model, "--port", free_port())
+    answer = run_script("serve_vllm.py", "--model", model, "--port", free_port(), "--then", "true")
     assert answer.returncode == 1
     assert "Traceback" not in answer.stderr
     assert "starting" not in answer.stderr
