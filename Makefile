@@ -169,12 +169,12 @@ setup: ## build the environment, or mend it
 $(VENV)/stamp.json: $(LOCK) $(wildcard patches/series patches/*/*.patch)
 	$(build)
 
-patch: | $(ENVIRONMENT) ## state of the patches in PYTHON's environment; or ARGS="apply PACKAGE": check, apply, verify, revert, scan
+patch: | $(ENVIRONMENT) ## patches in PYTHON's environment: status, or ARGS="apply PACKAGE", check, verify, revert, scan
 	@$(PYTHON3) scripts/patch_packages.py $${ARGS:-status} --python $(PYTHON)
 
 bench-sft-data: | $(ENVIRONMENT)
 	@$(PYTHON) tests/bench/bench_sft_data.py
-bench-sft: $(call done,sft-data) $(BASE) ## what sft adds to the time of `axolotl train`; bench-sft-data, bench-serve: beside their peers
+bench-sft: $(call done,sft-data) $(BASE) ## what sft adds to `axolotl train`; bench-sft-data, bench-serve: beside their peers
 	@$(PYTHON) tests/bench/bench_sft.py --recipe $(R)/sft.yaml --data $(OUT)/sft-data --model $(MODEL_OF)
 
 # Two files at a time (pytest-xdist): much of a test's time is one thread that imports a large package

@@ -26,6 +26,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -261,6 +262,7 @@ def build_parser():
 
 
 def main():
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
     args = build_parser().parse_args()
     try:
         paths, built = find_sources(args.path)

@@ -40,6 +40,7 @@ import json
 import mmap
 import os
 import re
+import signal
 import subprocess
 import sys
 import tokenize
@@ -732,6 +733,7 @@ def build_parser():
 
 
 def main():
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
     parser = build_parser()
     args = parser.parse_args()
     packages = find_packages(args.package, args.python)
