@@ -412,7 +412,10 @@ def test_faiss_is_a_pin(tool, tmp_path):
 
 
 def test_files_that_uv_shares_between_environments(run_script, tmp_path):
-    env, other = (Env(tmp_path / name, "six==1.17.0") for name in ("env", "other"))
+    """uv has a cache of its own here: a tool that wrote into files would spoil every environment of this machine."""
+    env, other = (Env(tmp_path / name) for name in ("env", "other"))
+    for one in (env, other):
+        one.uv("pip", "install", "--quiet", "six==1.17.0", env={"UV_CACHE_DIR": str(tmp_path / "cache")})
     module, theirs = env.site / "six.py", other.site / "six.py"
     assert module.stat().st_ino == theirs.stat().st_ino
     text, before = module.read_text(), other.files()
