@@ -621,9 +621,8 @@ def check_gpus(report, gpus, complaint, chosen, needs, running):
             report.add("warn" if gpu["total"] and gpu["free"] < 0.9 * gpu["total"] else "ok", "gpu-memory", text)
         with contextlib.suppress(ValueError):
             if float(gpu["capability"]) < 7:
-                report.add(
-                    "bad" if needs["gpus"] else "warn", "compile-capability", f"GPU {index} has compute capability {gpu['capability']}"
-                )
+                text = f"GPU {index} has compute capability {gpu['capability']}"
+                report.add("bad" if needs["gpus"] else "warn", "compile-capability", text)
     if lost:
         names = ", ".join(f"{running[pid][3][:30]} (pid {pid}, {running[pid][2]})" for pid in lost)
         stops = any(pid in lost for index in chosen for pid, _ in gpus.get(index, {"users": ()})["users"])
@@ -639,13 +638,14 @@ def start_all_reduce(args, world, chosen, extra=None):
 def check_all_reduce(report, probe, args, world, chosen):
     """The sum over all processes; when it fails or hangs, again without what fails most often."""
     what = f"NCCL between GPUs {', '.join(map(str, chosen))}" if chosen else f"gloo between {world} processes"
-    code, out, error = probe.result(args.time_limit)
+    limit = min(args.time_limit, 60)
+    code, out, error = probe.result(limit)
     if code == 0:
         report.add("ok", "all-reduce", what)
         return
-    reason = f"hangs (no end in {args.time_limit} s)" if code is None else f"fails: {last_line(out) if out.strip() else last_line(error)}"
+    reason = f"hangs (no end in {limit} s)" if code is None else f"fails: {last_line(out) if out.strip() else last_line(error)}"
     for name, value, hint in ALL_REDUCE_TRIES["nccl" if chosen else "gloo"]:
-        if start_all_reduce(args, world, chosen, {name: value}).result(args.time_limit)[0] == 0:
+        if start_all_reduce(args, world, chosen, {name: value}).result(limit)[0] == 0:
             remedy = f"it works with {name}={value}{hint}"
             break
     else:
@@ -699,12 +699,8 @@ def check_hub(report, needs, probe):
     else:
         code, _, error = probe.result(8)
         reason = "no answer in 8 s" if code is None else last_line(error)
-        text = (
-            f"{endpoint} answers, {', '.join(missing)} will be fetched"
-            if code == 0
-            else f"{endpoint}: {reason}; needed for {', '.join(missing)}"
-        )
-        report.add("ok" if code == 0 else "bad", "hub", text, model=missing[0])
+        text = f"{endpoint} answers, it will be asked for" if code == 0 else f"{endpoint}: {reason}; needed for"
+        report.add("ok" if code == 0 else "bad", "hub", f"{text} {', '.join(missing)}", model=missing[0])
 
 
 def caches():
