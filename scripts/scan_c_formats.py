@@ -18,7 +18,7 @@ Reads   PATH…: files, or folders such as an unpacked source distribution. Look
         `possible`: a false alarm is preferred to silence.
 Writes  On stdout a line, or with --json an object, for each finding.
 Exit    0 done, whatever was found; 1 a source cannot be read; 2 usage.
-Needs   The standard library alone. No compiler: sources are split into tokens, #if branches are all read, macros not expanded.
+Needs   The standard library alone. No compiler: sources are split into tokens; all branches of an #if are read.
 """
 
 import argparse
@@ -170,7 +170,7 @@ class Sources:
 
     def __init__(self, paths, built):
         """`built`: whether the build's own files name the macro."""
-        self.paths, self.tokens, self.built = {}, {}, built
+        self.paths, self.tokens, self.firsts, self.built = {}, {}, {}, built
         for path in paths:
             self.paths.setdefault(path.name, []).append(path)
 
@@ -204,12 +204,13 @@ class Sources:
             found += [what for what in dict.fromkeys(self.directives(source)) if isinstance(what, Path) and what not in found]
         return found
 
-    def first(self, path, seen=()):
+    def first(self, path):
         """Return which comes first, "macro" or "Python.h", with what is included; None when neither is seen."""
-        for what in self.directives(path) if path not in seen and len(seen) < 20 else ():
-            if what := self.first(what, (*seen, path)) if isinstance(what, Path) else what:
-                return what
-        return None
+        if path not in self.firsts:
+            self.firsts[path] = None  # an include that comes back here
+            found = (self.first(what) if isinstance(what, Path) else what for what in self.directives(path))
+            self.firsts[path] = next(filter(None, found), None)
+        return self.firsts[path]
 
     def judge(self, path):
         """Return the Findings of a source's calls with a `#` format."""
@@ -219,8 +220,9 @@ class Sources:
         headers = [self.read(source) for source in self.closure(path)[1:]]
         macros = {part[n + 1][0]: part[n + 2][0] for part in (*headers, tokens) for n in range(len(part) - 2) if part[n][0] == "#define"}
         for at, (function, line) in enumerate(tokens):
-            given = arguments(tokens, at + 1) if function in CALLS and tokens[at + 1 : at + 2] == [("(", tokens[at + 1][1])] else []
-            place, start = CALLS.get(function, (0, 0))
+            if function not in CALLS or [token for token, _ in tokens[at + 1 : at + 2]] != ["("]:
+                continue
+            given, (place, start) = arguments(tokens, at + 1), CALLS[function]
             strings = [macros.get(token, token) for token in given[place]] if place < len(given) else []
             text = "".join(token.partition('"')[2][:-1] for token in strings if token.endswith('"'))
             known = not any(token.isidentifier() for token in strings if token not in ("const_cast", "const", "char"))

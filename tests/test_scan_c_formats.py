@@ -119,6 +119,7 @@ def test_no_source_stops_the_scan(run_script, tmp_path):
                 [b"", b"(", b")", b'"', b"{", b"}", b"#", b"\\\n", b"\0", b"\xff", b",", b";", b"*/"]
             )
         (tmp_path / f"m{number}.c").write_bytes(bytes(cut))
+    (tmp_path / "m0.c").write_text('#include "m0.c"\nPyArg_ParseTuple')
     done = run_script("scan_c_formats.py", tmp_path)
     assert done.returncode == 0 and "Traceback" not in done.stderr and "300 sources" in done.stderr
     assert run_script("scan_c_formats.py", tmp_path / "none").returncode == 1
