@@ -50,7 +50,7 @@ run = @echo "== $(notdir $(@D))" >&2; $(PYTHON) scripts/$(1) --config $(R)/$(not
 
 .PHONY: FORCE help setup demo all table serve ask pretrain sft-preview eval eval-kb patch bench-sft-data bench-sft test lint lock snippets
 .PHONY: tidy doctor clean-text dedup tokenizer tokens convert serve-pretrained base-model sft-data sft-gen sft kb serve-up serve-status
-.PHONY: serve-logs serve-down
+.PHONY: serve-logs serve-down talk bench-serve
 
 help:
 	@awk '/^## /{d=substr($$0,4);next} d&&/ \?= ?/{split($$0,a," [?]= ?");v[++n]=sprintf("  %-10s %-18s %s",a[1],a[2],d)} {d=""} \
@@ -134,6 +134,9 @@ serve-up: $(SERVED) | $(ENVIRONMENT)
 serve-status serve-logs serve-down:
 	@$(PYTHON) scripts/serve_vllm.py $(@:serve-%=%) --port $(PORT)
 
+talk: ## a talk in the terminal with the model served at PORT; /save makes training data of it
+	@$(PYTHON3) scripts/talk_model.py --url http://127.0.0.1:$(PORT)/v1 --output $(OUT)/talks.jsonl
+
 kb: $(call done,kb) ## error records -> Milvus collection
 $(call done,kb): $(R)/kb.yaml $(call newer,kb) | $(ENVIRONMENT)
 	$(call run,load_milvus.py)
@@ -176,6 +179,10 @@ bench-sft-data: | $(ENVIRONMENT)
 	@$(PYTHON) tests/bench/bench_sft_data.py
 bench-sft: $(call done,sft-data) $(BASE) ## what sft adds to `axolotl train`; bench-sft-data, bench-serve: beside their peers
 	@$(PYTHON) tests/bench/bench_sft.py --recipe $(R)/sft.yaml --data $(OUT)/sft-data --model $(MODEL_OF)
+
+bench-serve: $(R)/serve.yaml $(BASE) | $(ENVIRONMENT)
+	@$(PYTHON) tests/bench/bench_serve.py --recipe $< --port $(PORT) $(addprefix --gpus ,$(GPUS)) --model \
+	  $(or $(MODEL_OF),$(shell sed -n 's/^model: *//p' $<))
 
 # Two files at a time (pytest-xdist): much of a test's time is one thread that imports a large package
 test: lint ## every test, the demo chain among them
