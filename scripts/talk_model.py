@@ -77,11 +77,11 @@ class Server:
         listed = b"".join(self.lines("/models", timeout=10))
         try:
             names = [card["id"] for card in json.loads(listed)["data"]]
+            self.name = name or names[0]
         except (LookupError, TypeError, ValueError):
             raise Unanswered(f"{self.url} lists no models; is it the URL of an OpenAI-compatible server, which ends in /v1?") from None
         if name and name not in names:
             raise Unanswered(f"{self.url} serves {', '.join(names)}, not {name}; look at --model")
-        self.name = name or names[0]
 
     def lines(self, path, body=None, timeout=600):
         """Yield the lines of an answer to a GET, or to a POST of `body`, that are not empty; raises Unanswered."""

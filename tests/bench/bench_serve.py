@@ -1,7 +1,7 @@
 #!/usr/bin/env -S uv run --script
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["pyyaml>=6", "vllm>=0.32"]
+# dependencies = ["psutil>=5.9", "pyyaml>=6", "vllm>=0.32"]
 # ///
 """What a client of serve_vllm.py gets beside one of a bare `vllm serve`, by vLLM's own benchmark, and what compilation and exports do.
 
@@ -12,7 +12,8 @@ Usage:
 
 The bare server's command is what `serve_vllm.py --dry-run` prints. A pair is `vllm bench serve` through both, the same prompts for both and
 others in the next pair; which of them leads alternates. On a CPU both stay up meanwhile; GPUs hold one of them, so there each is started
-for its run. Then each mode of MODES is served alone and measured as often. A mode that does not start is a row that says why.
+for its run. Then each mode of MODES is served alone and measured three times; one that does not start is a row that says why. Beside busy
+neighbours a server's CPU seconds tell more than the clock.
 
 Reads   MODEL and RECIPE as serve_vllm.py does.
 Writes  two tables on stdout, or one JSON object with --json; nothing else: logs go to a temporary folder.
@@ -37,7 +38,8 @@ from pathlib import Path
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "serve_vllm.py"
 NAME = "bench"  # that the model is served under
-FIGURES = {"TTFT ms": "median_ttft_ms", "TPOT ms": "median_tpot_ms", "output tokens/s": "output_throughput"}
+RUNS = 3  # of each mode
+FIGURES = {"TTFT ms": "median_ttft_ms", "TPOT ms": "median_tpot_ms", "output tokens/s": "output_throughput", "server's CPU s": ""}
 EXPORTS = ["VLLM_DISABLE_TORCH_COMPILE=1", "TORCHDYNAMO_DISABLE=1", "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"]
 # name: (variables, flags after `--`, by serve_vllm.py rather than bare)
 MODES = {"eager": ([], ["--enforce-eager"], False), "compiled": ([], ["-O2"], False)}
@@ -51,7 +53,7 @@ class Failed(Exception):
 
 @contextlib.contextmanager
 def served(command, port, log):
-    """Run a server in a session of its own; yield the seconds until it was healthy; leave no process of it."""
+    """Run a server in a session of its own; yield (its pid, the seconds until it was healthy); leave no process of it."""
     begun, opener = time.monotonic(), urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with open(log, "w") as file:
         server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True)
@@ -65,7 +67,7 @@ def served(command, port, log):
                 opener.open(f"http://127.0.0.1:{port}/health", timeout=5)
                 break
             time.sleep(0.5)
-        yield time.monotonic() - begun
+        yield server.pid, time.monotonic() - begun
     finally:
         with contextlib.suppress(ProcessLookupError):
             server.send_signal(signal.SIGTERM)
@@ -73,6 +75,14 @@ def served(command, port, log):
                 server.wait(90)
             os.killpg(server.pid, signal.SIGKILL)
         server.wait()
+
+
+def cpu_seconds(pid):
+    """Return the CPU seconds that a process and all below it have taken."""
+    import psutil
+
+    tree = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    return sum(times.user + times.system for times in (process.cpu_times() for process in tree))
 
 
 class Bench:
@@ -98,8 +108,8 @@ class Bench:
             raise SystemExit(f"bench_serve: no server to compare with: {answer.stderr.strip()}")
         return shlex.split(answer.stdout)
 
-    def measure(self, port, seed):
-        """Return the figures of one `vllm bench serve`; SystemExit when a request failed."""
+    def measure(self, pid, port, seed):
+        """Return the figures of one `vllm bench serve` with the server `pid`; SystemExit when a request failed."""
         args, result = self.args, self.folder / "result.json"
         words = [Path(sys.executable).with_name("vllm"), "bench", "serve", "--backend", "openai", "--base-url", f"http://127.0.0.1:{port}"]
         words += ["--model", NAME, "--tokenizer", args.model, "--dataset-name", "random", "--seed", seed, "--temperature", 0]
@@ -107,11 +117,13 @@ class Bench:
         words += ["--max-concurrency", args.concurrency, "--num-warmups", args.concurrency, "--disable-tqdm"]
         words += ["--save-result", "--result-dir", self.folder, "--result-filename", result.name]
         result.unlink(missing_ok=True)
+        begun = cpu_seconds(pid)
         answer = subprocess.run(list(map(str, words)), capture_output=True, text=True)
+        spent = cpu_seconds(pid) - begun
         figures = json.loads(result.read_text()) if result.exists() else {"failed": "all"}
         if answer.returncode or figures["failed"]:
             raise SystemExit(f"bench_serve: {figures['failed']} requests of `vllm bench serve` failed: {answer.stderr[-2000:]}")
-        return {name: figures[key] for name, key in FIGURES.items()}
+        return {name: figures.get(key, spent) for name, key in FIGURES.items()}
 
     def pairs(self):
         """Return [{"bare": figures, "ours": figures}, …], one for each pair."""
@@ -119,15 +131,14 @@ class Bench:
         bare = self.bare(ports["bare"])
         on_gpus = "--tensor-parallel-size" in bare
         with contextlib.ExitStack() as stack:
-            up = set()
+            up = {}
             for seed in range(self.args.pairs):
                 pairs.append({})
                 for name in ("bare", "ours") if seed % 2 else ("ours", "bare"):
                     if name not in up:
                         command = bare if name == "bare" else self.words(ports[name])
-                        stack.enter_context(served(command, ports[name], self.folder / f"{name}.log"))
-                        up.add(name)
-                    pairs[-1][name] = self.measure(ports[name], seed)
+                        up[name], _ = stack.enter_context(served(command, ports[name], self.folder / f"{name}.log"))
+                    pairs[-1][name] = self.measure(up[name], ports[name], seed)
                     if on_gpus:
                         stack.close()
                         up.clear()
@@ -139,8 +150,8 @@ class Bench:
         variables, flags, ours = MODES[name]
         command = self.words(self.args.port, flags) if ours else self.bare(self.args.port, flags)
         try:
-            with served(["env", *variables, *command], self.args.port, self.folder / "mode.log") as seconds:
-                runs = [self.measure(self.args.port, seed) for seed in range(self.args.pairs)]
+            with served(["env", *variables, *command], self.args.port, self.folder / "mode.log") as (pid, seconds):
+                runs = [self.measure(pid, self.args.port, seed) for seed in range(RUNS)]
         except Failed as error:
             return {"failed": str(error)}
         return {"start s": seconds} | {figure: statistics.median(run[figure] for run in runs) for figure in FIGURES}
@@ -173,7 +184,7 @@ def build_parser():
     add("--recipe", metavar="FILE.yaml", help="of serve_vllm.py")
     add("--gpus", metavar="IDS", help="as nvidia-smi shows them, e.g. 6,7")
     add("--port", type=int, default=8051, help="this one and the next are used (default: 8051)")
-    add("--pairs", type=int, default=7, metavar="N", help="pairs of runs, and runs of each mode (default: %(default)s)")
+    add("--pairs", type=int, default=7, metavar="N", help="pairs of runs (default: %(default)s)")
     add("--modes", nargs="*", choices=MODES, default=list(MODES), metavar="MODE", help=f"of: {'; '.join(MODES)} (default: all)")
     add("--requests", type=int, default=32, metavar="N", help="of each run (default: %(default)s)")
     add("--concurrency", type=int, default=8, metavar="N", help="requests at a time (default: %(default)s)")
@@ -185,6 +196,7 @@ def build_parser():
 
 def main():
     args = build_parser().parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     for name in ("VLLM_API_KEY", *(export.partition("=")[0] for export in EXPORTS)):
         os.environ.pop(name, None)
     os.environ |= {"VLLM_NO_USAGE_STATS": "1", "NO_PROXY": "127.0.0.1"}
