@@ -172,7 +172,7 @@ setup: ## build the environment, or mend it
 $(VENV)/stamp.json: $(LOCK) $(wildcard patches/series patches/*/*.patch)
 	$(build)
 
-patch: | $(ENVIRONMENT) ## patches in PYTHON's environment: status, or ARGS="apply PACKAGE", check, verify, revert, scan
+patch: | $(ENVIRONMENT) ## patches in PYTHON's environment: status; ARGS="apply PACKAGE", check, verify, revert, scan
 	@$(PYTHON3) scripts/patch_packages.py $${ARGS:-status} --python $(PYTHON)
 
 bench-sft-data: | $(ENVIRONMENT)
