@@ -98,7 +98,7 @@ def missing(path):
             return None
         try:
             # what numpy removed from arrays stays in their class, and raises when an array is asked
-            value = getattr(numpy.zeros(1) if value is numpy.ndarray else value, part)
+            value = getattr(numpy.zeros(1) if value is numpy.ndarray and part[0] != "_" else value, part)
         except AttributeError as error:
             name = ".".join(parts[:count])
             try:

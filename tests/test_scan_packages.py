@@ -99,7 +99,7 @@ async def k():
         pass
 l = np.array([1], None, False)
 m = np.array(k, copy=True), np.nan_to_num(k, copy=False), k.astype(int, copy=False)
-n = np.ndarray.itemset
+n = np.ndarray.itemset, np.ndarray.__call__, np.ndarray.sum, np.c_.nothing, np.ma.MaskedArray.ptp
 def o():
     global late
     import numpy as late
