@@ -38,7 +38,7 @@ MINUS, PLUS = SOURCE["toy/sums.py"], SOURCE["toy/sums.py"].replace("a - b", "a +
 class Toy:
     """An environment that holds the package toy, as an installer leaves it."""
 
-    def __init__(self, prefix, make=None):
+    def __init__(self, prefix, source=SOURCE, make=None):
         self.prefix, self.python = prefix, prefix / "bin" / "python"
         if make:
             make(prefix)
@@ -48,7 +48,7 @@ class Toy:
         if not make:
             packaging = Path(importlib.util.find_spec("packaging").origin).parent.parent
             (self.site / "packaging.pth").write_text(f"{packaging}\n")
-        self.install()
+        self.install(source)
 
     def install(self, source=SOURCE, version="1.2"):
         for old in (self.site / "toy", *self.site.glob("toy-*.dist-info")):
@@ -358,7 +358,7 @@ def pythons():
 
 @pytest.mark.parametrize("python", pythons().values(), ids=pythons())
 def test_an_environment_of_another_python_without_pip(tool, tmp_path, python):
-    toy = Toy(tmp_path / "env", lambda prefix: subprocess.run([python, "-m", "venv", "--without-pip", prefix], check=True))
+    toy = Toy(tmp_path / "env", make=lambda prefix: subprocess.run([python, "-m", "venv", "--without-pip", prefix], check=True))
     patches = folder_of(tmp_path / "patches", plus=patch_text(TWO, X_Env="python>=3.8; python<4", **PROBE))
     before = toy.tree()
     for command, code, result in (("check", 1, 1), ("apply", 0, 3), ("verify", 0, 3), ("revert", 0, 1)):
@@ -381,7 +381,7 @@ def conda(prefix):
 
 def test_a_prefix_of_conda(tool, tmp_path):
     """Its files are hard links to a cache of packages, as with uv."""
-    toy = Toy(tmp_path / "env", conda)
+    toy = Toy(tmp_path / "env", make=conda)
     if subprocess.run([toy.python, "-c", "import toy"], capture_output=True).returncode:
         pytest.skip("this Python does not run from a copy")
     shutil.copytree(toy.site, tmp_path / "pkgs", copy_function=os.link)
@@ -394,7 +394,7 @@ def test_a_prefix_of_conda(tool, tmp_path):
 
 def test_a_package_that_is_installed_for_the_user(toy, tool, tmp_path):
     """It would be patched for every program of this user."""
-    base = Toy(tmp_path / "base", conda)
+    base = Toy(tmp_path / "base", make=conda)
     if subprocess.run([base.python, "-c", "import toy"], capture_output=True).returncode:
         pytest.skip("this Python does not run from a copy")
     home = tmp_path / "home/.local/lib" / base.site.parent.name / "site-packages"
