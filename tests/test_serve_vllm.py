@@ -738,22 +738,33 @@ def read_until(stream, words):
     return text
 
 
-def manage(action, port):
-    """Run `serve_vllm.py status|down --port PORT` in a shell of its own."""
+def manage(action, port, run=subprocess.run):
+    """Run `serve_vllm.py status|logs|down --port PORT` as a shell of its own would."""
     command = [sys.executable, "-I", ROOT / "scripts" / "serve_vllm.py", action, "--port", port]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=clean_environment())
+    return run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_environment())
 
 
 @pytest.mark.slow
-def test_a_model_is_proven_beside_its_server(run_script, proven, tmp_path):
+def test_a_model_is_proven_beside_its_server_and_kill_9_leaves_neither(run_script, proven, tmp_path):
+    """One start: prove_serving.py runs beside the server, another command goes on, and then serve_vllm.py itself is killed."""
     folder, tokenizer, following = proven
-    out, port = tmp_path / "out", free_port()
+    out, done = tmp_path / "out", tmp_path / "done"
     prove = [sys.executable, ROOT / "scripts/prove_serving.py", "--model", folder, "--output", out]
     prove += ["--prompt", "The", "天地", "--max-tokens", 12]
-    words = ["--model", folder, "--max-model-len", 256, "--dtype", "float32", "--port", port]
-    answer = run_script("serve_vllm.py", *words, "--then", shlex.join(map(str, prove)))
-    assert answer.returncode == 0, answer.stderr
-    assert "2 conversations have their trained token ids" in answer.stderr
+    then = f"{shlex.join(map(str, prove))}; echo $? > {done}; sleep 300"
+    process = start(folder, "--port", free_port(), "--then", then)
+    try:
+        assert wait_until(lambda: (done.exists() and done.read_text()) or process.poll() is not None, 500)
+        assert process.poll() is None, process.stderr.read()
+        assert done.read_text() == "0\n"
+        leader = leader_of(process.pid)
+        client = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "sleep 300"], capture_output=True, text=True).stdout.split()
+        assert len(client) == 1
+        process.kill()
+        assert wait_until(lambda: not group_members(leader) and not group_members(client[0]), 75)
+        assert "2 conversations have their trained token ids, answers end by [2]" in process.stderr.read()
+    finally:
+        process.kill()
     rows = [json.loads(line) for line in (out / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
     for row, prompt in zip(rows, ("The", "天地"), strict=False):
         assert row["prompt"] == prompt
@@ -841,35 +852,18 @@ def test_a_server_in_the_background_from_start_to_end(proven, tmp_path, run_scri
         request = urllib.request.Request(f"{api.root}/v1/completions", json.dumps(stream).encode(), {"Content-Type": "application/json"})
         with api.opener.open(request, timeout=120) as answer:
             assert answer.readline().startswith(b"data: {"), "it runs"
-            os.kill(pid, signal.SIGTERM)
+            down = manage("down", port, subprocess.Popen)
             lines = answer.read().decode().split()
         assert lines[-1] == "[DONE]"
         assert '"completion_tokens":500' in lines[-3], "it is finished"
-        down = manage("down", port)
-        assert down.returncode == 0
+        assert down.wait(90) == 0
+        assert f"port {port} is free" in down.stderr.read()
         assert manage("status", port).returncode == 1
         assert group_members(pid) == []
-        text = manage("logs", port).stdout
-        assert "vLLM API server" in text or "Application shutdown" in text
+        assert "Application shutdown complete" in manage("logs", port).stdout
     finally:
         if other := serve.running(port):
             os.kill(other["pid"], signal.SIGKILL)
-
-
-@pytest.mark.slow
-def test_kill_9_of_serve_leaves_neither_server_nor_client(proven, tmp_path):
-    seen = tmp_path / "seen"
-    process = start(proven[0], "--port", free_port(), "--then", f"echo $LLM_MODEL > {seen}; sleep 300")
-    try:
-        assert wait_until(lambda: seen.exists() or process.poll() is not None, 500)
-        assert process.poll() is None, process.stderr.read()
-        leader = leader_of(process.pid)
-        client = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "sleep 300"], capture_output=True, text=True).stdout.split()
-        assert len(client) == 1
-        process.kill()
-        assert wait_until(lambda: not group_members(leader) and not group_members(client[0]), 75)
-    finally:
-        process.kill()
 
 
 @pytest.mark.slow
