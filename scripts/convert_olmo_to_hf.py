@@ -21,6 +21,7 @@ Needs   CPU only, no network. Writing takes some 330 MB of memory whatever the m
 import argparse
 import base64
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -28,6 +29,7 @@ import io
 import json
 import logging
 import math
+import mmap
 import os
 import pickle
 import platform
@@ -41,10 +43,13 @@ import threading
 import time
 import warnings
 import zipfile
-from collections import Counter, namedtuple
+from collections import Counter, OrderedDict, namedtuple
 from pathlib import Path
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # torch's word -> safetensors' word
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1}
+STORAGES = {"Float": "float32", "BFloat16": "bfloat16", "Half": "float16", "Double": "float64", "Long": "int64", "Int": "int32"}
+STORAGES |= {"Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool"}  # the word in torch's pickles -> torch's word
 PIECE = 32 * 2**20  # bytes in memory at a time
 BOUND = 1e-5  # of the largest |logit|; 0 was seen for every family, another machine's kernels may round otherwise
 PADDING = 512  # a vocabulary may be larger than its tokenizer by less than this: padded for speed
@@ -93,7 +98,37 @@ MODEL_DEFAULTS = {
     "pad_token_id": 50256,
 }
 
+# What a config.json of olmo-core says where a Hugging Face class can compute nothing else (None: no such key). Of its other settings
+# those below change no forward pass; any other one that is not false is refused.
+CORE = {
+    "name": (None, "default"),
+    "embed_scale": (None, 1),
+    "block.name": ("reordered_norm",),
+    "block.feed_forward.name": (None, "default"),
+    "block.feed_forward.activation": (None, "silu"),
+    "block.feed_forward.bias": (False,),
+    "block.sequence_mixer.type": (None, "attention"),
+    "block.sequence_mixer.name": (None, "default"),
+    "block.sequence_mixer.bias": (False,),
+    "block.sequence_mixer.rope.name": (None, "default"),
+    "block.sequence_mixer.rope.partial_rotary_factor": (None, 1),
+    "lm_head.name": (None, "default"),
+    "lm_head.bias": (False,),
+}
+NORM = {"name": ("rms", "fused_rms"), "bias": (False,), "elementwise_affine": (None, True)}
+NORMS = ("block.layer_norm", "block.sequence_mixer.qk_norm", "lm_head.layer_norm")
+CORE |= {f"{norm}.{key}": values for norm in NORMS for key, values in NORM.items()}
+CORE_NUMBERS = {"d_model", "n_layers", "vocab_size", "block.feed_forward.hidden_size", "tie_word_embeddings"}
+CORE_NUMBERS |= {f"block.sequence_mixer.{key}" for key in ("n_heads", "n_kv_heads", "rope.theta")} | {f"{norm}.eps" for norm in NORMS}
+CORE_IDLE = {"dtype", "_CLASS_", "full_precision", "backend", "use_flash", "loss_implementation", "init_method", "init_seed", "init_std"}
+CORE_IDLE |= {"embedding_init_std", "freeze_params", "dropout", "use_recompute_qkv_prep", "mxfp8_save_qkv_for_backward"}
+
+NO_WEIGHTS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, ImportError, struct.error)
+NO_WEIGHTS += (pickle.UnpicklingError, zipfile.BadZipFile)  # what a file that holds something else can make its reader raise
+TIED = {"transformer.wte.weight": "transformer.ff_out.weight", "embeddings.weight": "lm_head.w_out.weight"}
+
 Part = namedtuple("Part", "target source start stop shape")  # rows start:stop of tensor `source` of `shape` become tensor `target`
+Chunk = namedtuple("Chunk", "path offset corner shape")  # a block of a tensor: bytes from `offset`; `corner`: its first index in the whole
 
 
 # >>> snippet: config_argv
@@ -270,6 +305,58 @@ def step(text):
     return text if text == "latest" else int(text)
 
 
+def refuse_setting(where, name):
+    fail(f"{where}: `{name}`: no Hugging Face class computes that; such a model needs the package that trained it to run")
+
+
+def flatten(value, path=""):
+    """Yield (path, value) of what a nested mapping holds, "block.layer_norm.eps" for one."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from flatten(inner, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
+
+
+def check_core_settings(config, where):
+    """Return the settings of an olmo-core config.json under ai2-olmo's names; SystemExit names one that no Hugging Face class can express.
+
+    Olmo2 is what olmo-core calls reordered norm, with RMS norms and QK norm; with a sliding window in any layer it is Olmo3.
+    """
+    model = json.loads(json.dumps(config["model"]))
+    if "attention" in model["block"]:  # the older name
+        model["block"]["sequence_mixer"] = model["block"].pop("attention")
+    mixer = model["block"]["sequence_mixer"]
+    sliding = mixer.pop("sliding_window", None)
+    flat = dict(flatten(model))
+    for name in CORE.keys() | flat.keys():
+        value = flat.get(name)
+        idle = name in CORE_NUMBERS or name.rpartition(".")[2] in CORE_IDLE or value in (None, False, [], {})
+        if value not in CORE[name] if name in CORE else not idle:
+            refuse_setting(where, f"model.{name}: {value}")
+    eps = {flat.get(f"{norm}.eps") for norm in NORMS}
+    if len(eps) > 1 or None in eps:
+        refuse_setting(where, f"eps of the norms: {sorted(map(str, eps))}")
+    every = dict(flatten(config))
+    tokenizer = next((name.rpartition(".")[0] for name in every if name.endswith("tokenizer.eos_token_id")), "")
+    words = {key: every.get(f"{tokenizer}.{key}") for key in ("vocab_size", "eos_token_id", "pad_token_id")}
+    lengths = [every[name] for key in ("max_sequence_length", "sequence_length") for name in every if name.rpartition(".")[2] == key]
+    filled = MODEL_DEFAULTS | {"d_model": flat["d_model"], "n_layers": flat["n_layers"], "embedding_size": flat["vocab_size"]} | words
+    filled |= {"n_heads": mixer["n_heads"], "n_kv_heads": mixer.get("n_kv_heads"), "rope_theta": mixer["rope"].get("theta", 500_000)}
+    filled |= {"mlp_hidden_size": 2 * model["block"]["feed_forward"]["hidden_size"], "layer_norm_eps": eps.pop(), "rope": True}
+    filled |= {"weight_tying": bool(model.get("tie_word_embeddings")), "max_sequence_length": (*lengths, None)[0], "include_bias": False}
+    filled |= {"norm_after": True, "layer_norm_type": "rms", "attention_layer_norm": True}
+    filled = check_settings(filled, where) | {"windows": [-1] * filled["n_layers"], "core": True}
+    if sliding:
+        first, last = (bool(sliding.get(f"force_full_attention_on_{end}_layer", True)) for end in ("first", "last"))
+        whole = {0: first, filled["n_layers"] - 1: last}
+        pattern = sliding["pattern"]
+        filled["windows"] = [-1 if whole.get(n) else pattern[(n - first) % len(pattern)] for n in range(filled["n_layers"])]
+        if len({*filled["windows"]} - {-1}) > 1:
+            refuse_setting(where, f"model.block.sequence_mixer.sliding_window.pattern: {pattern}")
+    return filled
+
+
 def check_settings(model, where):
     """Return the settings that matter, defaults filled in; SystemExit names one that no Hugging Face class can express.
 
@@ -308,51 +395,79 @@ def check_settings(model, where):
     }
     for name, found in unsupported.items():
         if found:
-            fail(f"{where}: `{name}`: no Hugging Face class computes that; such a model needs ai2-olmo itself to run")
+            refuse_setting(where, name)
     filled = {"n_kv_heads": kv_heads, "embedding_size": model["embedding_size"] or model["vocab_size"]}
-    return model | filled | {"mlp_hidden_size": model["mlp_hidden_size"] or model["mlp_ratio"] * model["d_model"]}
+    filled |= {"mlp_hidden_size": model["mlp_hidden_size"] or model["mlp_ratio"] * model["d_model"], "core": False, "windows": []}
+    return model | filled
+
+
+def vocab(text):
+    """Return "keep", "trim", or the number of "pad:N"."""
+    if text in ("keep", "trim"):
+        return text
+    if not (match := re.fullmatch(r"pad:([1-9]\d*)", text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of keep, trim and pad:N, for a vocabulary that is a multiple of N")
+    return int(match[1])
 
 
 def plan_tensors(model, vocab="keep"):
     """Return the Parts of all Hugging Face tensors, in the order of the layers, for `model` as check_settings() returns it.
 
-    The map is that of ai2-olmo's own converter, checked against the logits; `vocab`: "trim" drops the rows that pad the vocabulary.
+    The maps are those of both packages' own converters, checked against the logits; `vocab`: "trim" drops the rows that pad the vocabulary,
+    a number makes it that number's next multiple, which may be more rows than the checkpoint has.
     """
-    width, rows = model["d_model"], model["embedding_size"]
-    kept = model["vocab_size"] if vocab == "trim" else rows
+    width, rows, number = model["d_model"], model["embedding_size"], model["vocab_size"]
+    kept = {"keep": rows, "trim": number}.get(vocab) or -(-number // vocab) * vocab
     kv = width // model["n_heads"] * model["n_kv_heads"]
     inner = model["mlp_hidden_size"] // 2  # of which one half is the gate
-    block = {  # source: (columns, its rows in order)
-        "att_proj": ([width], {"self_attn.q_proj": width, "self_attn.k_proj": kv, "self_attn.v_proj": kv}),
-        "attn_out": ([width], {"self_attn.o_proj": width}),
-        "ff_proj": ([width], {"mlp.up_proj": inner, "mlp.gate_proj": inner}),  # SwiGLU takes the second half as the gate
-        "ff_out": ([inner], {"mlp.down_proj": width}),
-    }
+    if model["core"]:
+        names = {"embed": "embeddings", "norm": "lm_head.norm", "head": "lm_head.w_out", "layer": "blocks"}
+        block = {f"attention.w_{word}": ([width], {f"self_attn.{word}_proj": rows}) for word, rows in (("q", width), ("k", kv), ("v", kv))}
+        block |= {"attention.w_out": ([width], {"self_attn.o_proj": width}), "feed_forward.w2": ([inner], {"mlp.down_proj": width})}
+        block |= {"feed_forward.w1": ([width], {"mlp.gate_proj": inner}), "feed_forward.w3": ([width], {"mlp.up_proj": inner})}
+        norms = {"q": "attention.q_norm", "k": "attention.k_norm", "attention": "attention_norm", "feedforward": "feed_forward_norm"}
+    else:
+        names = {"embed": "wte", "norm": "ln_f", "head": "ff_out", "layer": "blocks"}
+        names = {key: f"transformer.{name}" for key, name in names.items()}
+        block = {  # source: (columns, its rows in order)
+            "att_proj": ([width], {"self_attn.q_proj": width, "self_attn.k_proj": kv, "self_attn.v_proj": kv}),
+            "attn_out": ([width], {"self_attn.o_proj": width}),
+            "ff_proj": ([width], {"mlp.up_proj": inner, "mlp.gate_proj": inner}),  # SwiGLU takes the second half as the gate
+            "ff_out": ([inner], {"mlp.down_proj": width}),
+        }
+        norms = {"q": "q_norm", "k": "k_norm", "attention": "attn_norm", "feedforward": "ff_norm"}
     if model["norm_after"]:
-        block |= {"q_norm": ([], {"self_attn.q_norm": width}), "k_norm": ([], {"self_attn.k_norm": kv})}
-        block |= {"attn_norm": ([], {"post_attention_layernorm": width}), "ff_norm": ([], {"post_feedforward_layernorm": width})}
-    parts = [Part("model.embed_tokens.weight", "transformer.wte.weight", 0, kept, (rows, width))]
+        block |= {norms["q"]: ([], {"self_attn.q_norm": width}), norms["k"]: ([], {"self_attn.k_norm": kv})}
+        block |= {norms[word]: ([], {f"post_{word}_layernorm": width}) for word in ("attention", "feedforward")}
+    parts = [Part("model.embed_tokens.weight", f"{names['embed']}.weight", 0, kept, (rows, width))]
     for layer in range(model["n_layers"]):
         for source, (columns, targets) in block.items():
             start = 0
             for target, height in targets.items():
-                name, shape = f"transformer.blocks.{layer}.{source}.weight", (sum(targets.values()), *columns)
+                name, shape = f"{names['layer']}.{layer}.{source}.weight", (sum(targets.values()), *columns)
                 parts.append(Part(f"model.layers.{layer}.{target}.weight", name, start, start + height, shape))
                 start += height
     if model["norm_after"]:
-        parts.append(Part("model.norm.weight", "transformer.ln_f.weight", 0, width, (width,)))
+        parts.append(Part("model.norm.weight", f"{names['norm']}.weight", 0, width, (width,)))
     if not model["weight_tying"]:
-        parts.append(Part("lm_head.weight", "transformer.ff_out.weight", 0, kept, (rows, width)))
+        parts.append(Part("lm_head.weight", f"{names['head']}.weight", 0, kept, (rows, width)))
     return parts
 
 
 def hf_config(model, rows, dtype):
     """Return config.json. Rope and dtype stand under their old and new names: transformers 4 reads the one, 5 the other."""
     theta = float(model["rope_theta"])
+    rope = {"rope_type": "default", "rope_theta": theta}
     own = {"rms_norm_eps": float(model["layer_norm_eps"])} if model["norm_after"] else {"clip_qkv": model["clip_qkv"]}
+    sliding = max(model["windows"], default=-1)
+    if sliding > 0:
+        own |= {"layer_types": ["full_attention" if window < 0 else "sliding_attention" for window in model["windows"]]}
+        own |= {"sliding_window": sliding}
+        rope = dict.fromkeys(("full_attention", "sliding_attention"), rope)
+    family = 3 if sliding > 0 else 2 if model["norm_after"] else ""
     return {
-        "architectures": ["Olmo2ForCausalLM" if model["norm_after"] else "OlmoForCausalLM"],
-        "model_type": "olmo2" if model["norm_after"] else "olmo",
+        "architectures": [f"Olmo{family}ForCausalLM"],
+        "model_type": f"olmo{family}",
         "vocab_size": rows,
         "hidden_size": model["d_model"],
         "intermediate_size": model["mlp_hidden_size"] // 2,
@@ -363,7 +478,7 @@ def hf_config(model, rows, dtype):
         "attention_bias": False,
         "max_position_embeddings": model["max_sequence_length"],
         "rope_theta": theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "rope_parameters": rope,
         "tie_word_embeddings": bool(model["weight_tying"]),
         "bos_token_id": None,
         "eos_token_id": model["eos_token_id"],
@@ -373,18 +488,24 @@ def hf_config(model, rows, dtype):
     } | own
 
 
-def check_tensors(parts, tensors, where):
+def check_tensors(parts, tensors, where, config):
     """Compare the checkpoint's tensors with the plan; SystemExit names those missing, left over, or of another shape or type."""
     wanted = {part.source: part.shape for part in parts}
-    for names, what in ((wanted.keys() - tensors.keys(), "lacks"), (tensors.keys() - wanted.keys(), "holds the unknown")):
+    twins = {TIED[part.source]: part for part in parts if part.target == "model.embed_tokens.weight"}
+    twins = {name: part for name, part in twins.items() if name in tensors.keys() - wanted.keys()}  # olmo-core saves tied weights twice
+    for names, what in ((wanted.keys() - tensors.keys(), "lacks"), (tensors.keys() - wanted.keys() - twins.keys(), "holds the unknown")):
         if names:
             first, more = sorted(names)[0], f" and {len(names) - 1} more" if len(names) > 1 else ""
-            fail(f"{where} {what} tensor {first}{more}; config.yaml and the weights are not of the same model")
-    for name, shape in wanted.items():
-        if tuple(tensors[name].shape) != shape:
-            fail(f"{where}: {name} is {tuple(tensors[name].shape)}, but config.yaml makes it {shape}; they are not of the same model")
-        if dtype_name(tensors[name].dtype) not in DTYPES:
+            fail(f"{where} {what} tensor {first}{more}; {config} and the weights are not of the same model")
+    for name, shape in (wanted | {name: part.shape for name, part in twins.items()}).items():
+        if tensors[name].shape != shape:
+            fail(f"{where}: {name} is {tensors[name].shape}, but {config} makes it {shape}; they are not of the same model")
+        if tensors[name].dtype not in DTYPES:
             fail(f"{where}: {name} is {tensors[name].dtype}; only {', '.join(DTYPES)} can be converted")
+    for name, part in twins.items():
+        for one, other in zip(tensors[name].pieces(), tensors[part.source].pieces(), strict=True):
+            if not one.equal(other):
+                fail(f"{where}: {name} differs from {part.source}, but {config} ties them; they are not of the same model")
 
 
 def plan_shards(parts, sizes, limit):
@@ -408,24 +529,62 @@ def count(part):
     return math.prod((part.stop - part.start, *part.shape[1:]))
 
 
+def pieces(part, stored):
+    """Yield the rows of a part in tensors of some 32 MB. Rows that the checkpoint lacks become the mean of those that it has.
+
+    Their logit is then the mean of the other logits, and so never the largest; that of a row of zeros can be.
+    """
+    rows = stored.shape[0]
+    piece = None
+    for piece in stored.pieces(part.start, min(part.stop, rows)):
+        yield piece
+    if part.stop > rows:
+        mean = sum(piece.double().sum(0) for piece in stored.pieces()) / rows
+        yield mean.to(piece.dtype).repeat(part.stop - rows, 1)
+
+
 def shard_names(number):
     """Return the file names that transformers gives to `number` shards."""
     return ["model.safetensors"] if number == 1 else [f"model-{k:05d}-of-{number:05d}.safetensors" for k in range(1, number + 1)]
 
 
-def fault(folder):
-    """Return what keeps a folder from being a whole unsharded checkpoint, or "" ."""
-    weights = weights_of(folder)
-    if not (folder / "config.yaml").is_file():
-        return "config.yaml is missing"
-    if not weights.is_file():
-        return "neither model.pt nor model.safetensors is there"
-    return "" if weights.suffix != ".pt" or zipfile.is_zipfile(weights) else f"{weights.name} is cut short or no torch file"
-
-
 def weights_of(folder):
-    """Return the path of the weights in a checkpoint folder; it may not exist."""
-    return folder / ("model.pt" if (folder / "model.pt").exists() else "model.safetensors")
+    """Return the path of a checkpoint's weights, or where they should be: model.pt, model.safetensors or, sharded, .metadata."""
+    paths = [folder / name for name in ("model.pt", "model.safetensors", "model_and_optim/.metadata")]
+    return next((path for path in paths if path.exists()), paths[0])
+
+
+def config_of(folder):
+    """Return the path of a checkpoint's settings: config.yaml is ai2-olmo's, config.json olmo-core's."""
+    core = (folder / "model_and_optim").is_dir() and not (folder / "config.yaml").exists()
+    return folder / ("config.json" if core else "config.yaml")
+
+
+def files_of(weights):
+    """Return the files that hold the weights, and for each of a sharded checkpoint the bytes that it must have."""
+    if weights.name != ".metadata":
+        return {weights: 0}
+    chunks = [chunk for *_, chunks in read_metadata(weights.parent).values() for chunk in chunks.values()]
+    sizes = {}
+    for path, offset, length, _ in chunks:
+        sizes[path] = max(offset + length, sizes.get(path, 0))
+    return dict(sorted(sizes.items()))
+
+
+def fault(folder):
+    """Return what keeps a folder from being a whole checkpoint, or "" ."""
+    weights, config = weights_of(folder), config_of(folder)
+    if not config.is_file():
+        return f"{config.name} is missing"
+    if not weights.is_file():
+        return "neither model.pt nor model.safetensors nor model_and_optim/.metadata is there"
+    if weights.suffix == ".pt" and not zipfile.is_zipfile(weights):
+        return f"{weights.name} is cut short or no torch file"
+    with contextlib.suppress(*NO_WEIGHTS):  # read_tensors() says what is wrong with it
+        for path, size in files_of(weights).items():
+            if not path.is_file() or path.stat().st_size < size:
+                return f"{path.name} is {'cut short' if path.is_file() else 'missing'}"
+    return ""
 
 
 def find_checkpoint(root, wanted):
@@ -436,8 +595,8 @@ def find_checkpoint(root, wanted):
     if not root.is_dir():
         fail(f"{root}: {'a file' if root.exists() else 'no such folder'}; name the folder that holds config.yaml and model.pt")
     names = {path.name for path in root.iterdir()}
-    steps = {int(match[1]): root / name for name in names if (match := re.fullmatch(r"step(\d+)-unsharded", name))}
-    if steps and not names & {"model.pt", "model.safetensors"}:
+    steps = {int(match[1]): root / name for name in sorted(names) if (match := re.fullmatch(r"step(\d+)(-unsharded)?", name))}
+    if steps and not names & {"model.pt", "model.safetensors", "model_and_optim"}:
         faults = {number: fault(folder) for number, folder in sorted(steps.items(), reverse=True) if wanted in ("latest", number)}
         whole = next((number for number, why in faults.items() if not why), None)
         for number, why in faults.items():
@@ -450,94 +609,206 @@ def find_checkpoint(root, wanted):
         return root
     shapes = {
         "it is a Hugging Face folder already, and needs no conversion": "config.json" in names and any("safetensors" in n for n in names),
-        "it is a sharded checkpoint; save it unsharded (stepN-unsharded)": names & {"model_and_optim", ".metadata", "model", "rank0.pt"},
-        "it holds sharded checkpoints only; save one unsharded": any(re.fullmatch(r"step\d+", name) for name in names),
+        "name the folder above it": ".metadata" in names,
+        "it is a sharded checkpoint of an older kind; save it unsharded (stepN-unsharded)": names & {"model", "rank0.pt"},
         "it holds token memory maps, not a checkpoint": any(name.endswith(".npy") for name in names),
         "it is empty": not names,
     }
-    remedy = "name a folder with config.yaml and model.pt, or with stepN-unsharded folders"
+    remedy = "name a folder with config.yaml or config.json and the weights, or one with folders stepN or stepN-unsharded"
     looks = next((what for what, so in shapes.items() if so), remedy)
     fail(f"{root}: not an OLMo checkpoint: {why}; {looks}")
 
 
 def read_settings(path):
-    """Return the `model` block of a checkpoint's config.yaml, checked."""
+    """Return the settings of the model in a checkpoint's config.yaml or config.json, checked, under ai2-olmo's names."""
     import yaml
 
     try:
-        model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            return check_core_settings(json.loads(text), path)
+        model = yaml.safe_load(text)["model"]
         if not isinstance(model, dict):
             raise TypeError("`model` is not a block of settings")
-    except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, yaml.YAMLError) as error:
         fail(f"{path}: no settings of an OLMo model ({' '.join(str(error).split())}); take the file that was saved with the weights")
     return check_settings(model, path)
 
 
-class NoGlobals(pickle.Unpickler):
-    """Reads tuples, strings and flags; whatever would import something, and so could run code, is an error."""
+class Plain(pickle.Unpickler):
+    """Reads plain values and what `known` gives for a global's (module, name); any other global, which could run code, is an error."""
+
+    def __init__(self, file, known=None):
+        super().__init__(file)
+        self.known = known or {}
 
     def find_class(self, module, name):
-        raise ImportError(f"GLOBAL {module}.{name}")
+        if (module, name) not in self.known:
+            raise ImportError(f"GLOBAL {module}.{name}")
+        return self.known[module, name]
+
+    def persistent_load(self, storage):
+        return storage
+
+
+class Record:
+    """Stands for an object of a pickle whose class is not loaded: its fields are attributes, or `state` when it has no names for them."""
+
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __setstate__(self, state):
+        self.__dict__.update(state if isinstance(state, dict) else {"state": state})
+
+
+class Stored:
+    """A tensor that lies in files, in one or several `chunks`, until rows() reads some of it; `dtype` is torch's word for it."""
+
+    def __init__(self, shape, dtype, chunks):
+        self.shape, self.dtype, self.chunks = tuple(shape), dtype, chunks
+
+    def rows(self, start=0, stop=None):
+        """Return rows start:stop as a new tensor: read, not mapped, so that no page of the file stays in this process."""
+        import torch
+
+        stop = self.shape[0] if stop is None else stop
+        out = None
+        for chunk in self.chunks:
+            first, last = max(start, chunk.corner[0]), min(stop, chunk.corner[0] + chunk.shape[0])
+            if first >= last:
+                continue
+            width = math.prod(chunk.shape[1:]) * BYTES[self.dtype]
+            data = torch.empty((last - first) * width, dtype=torch.uint8)
+            with open(chunk.path, "rb") as file:
+                file.seek(chunk.offset + (first - chunk.corner[0]) * width)
+                if file.readinto(data.numpy()) < len(data):
+                    fail(f"{chunk.path} was cut short meanwhile; copy it again or take another step")
+            piece = data.view(getattr(torch, self.dtype)).view(last - first, *chunk.shape[1:])
+            if piece.shape == (stop - start, *self.shape[1:]):
+                return piece
+            out = torch.empty(stop - start, *self.shape[1:], dtype=piece.dtype) if out is None else out
+            place = [slice(at, at + length) for at, length in zip(chunk.corner[1:], chunk.shape[1:], strict=True)]
+            out[(slice(first - start, last - start), *place)] = piece
+        return out
+
+    def pieces(self, start=0, stop=None):
+        """Yield rows start:stop in tensors of some 32 MB."""
+        stop = self.shape[0] if stop is None else stop
+        height = max(1, PIECE // (math.prod(self.shape[1:]) * BYTES[self.dtype]))
+        for row in range(start, stop, height):
+            yield self.rows(row, min(row + height, stop))
 
 
 def decode_key(key):
     """Return a tensor's name from a key of ai2-olmo's model.safetensors: base64 of a pickled ((name,), False), or the plain name."""
     try:
-        names, pickled = NoGlobals(io.BytesIO(base64.b64decode(key, altchars=b"-_", validate=True))).load()
+        names, pickled = Plain(io.BytesIO(base64.b64decode(key, altchars=b"-_", validate=True))).load()
     except (ValueError, TypeError, EOFError, IndexError, KeyError, AttributeError, pickle.UnpicklingError):
         return key
     return f"{'.'.join(map(str, names))} (pickled)" if pickled else ".".join(map(str, names))
 
 
-def map_safetensors(path):
-    """Return {name: tensor} of a safetensors file, mapped, not read. Format: length of header, header in JSON, bytes."""
-    import torch
-
-    dtypes = {word: getattr(torch, name) for name, word in DTYPES.items()}
-    total = path.stat().st_size
+def read_safetensors(path):
+    """Return {name: Stored} of a safetensors file. Format: length of header, header in JSON, bytes."""
+    words, total = {word: name for name, word in DTYPES.items()}, path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(min(length, total)))
     header.pop("__metadata__", None)
     if 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0) > total:
         raise ValueError("it is cut short")
-    storage, tensors = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=total), {}
+    stored = {}
     for key, entry in header.items():
-        dtype = dtypes.get(entry["dtype"], torch.uint8)
-        shape = entry["shape"] if dtype != torch.uint8 else [entry["data_offsets"][1] - entry["data_offsets"][0]]
-        start, misaligned = divmod(8 + length + entry["data_offsets"][0], dtype.itemsize)
-        if misaligned:
-            raise ValueError(f"{key} is not aligned")
-        tensors[decode_key(key)] = torch.empty(0, dtype=dtype).set_(storage, start, shape)
+        start, shape = 8 + length + entry["data_offsets"][0], tuple(entry["shape"])
+        chunk = Chunk(path, start, (0,) * len(shape), shape)
+        stored[decode_key(key)] = Stored(shape, words.get(entry["dtype"], entry["dtype"]), [chunk])
+    return stored
+
+
+class View(mmap.mmap):
+    def seekable(self):  # zipfile asks; mmap itself answers from Python 3.13 on
+        return True
+
+
+def read_torch(path, offset=0, length=None):
+    """Return what torch.save() wrote to bytes offset:offset+length of a file, a Stored in place of each tensor; no code of it is run.
+
+    Format: a zip archive that holds data.pkl and, uncompressed, one record for each storage that the pickle names.
+    """
+    length = path.stat().st_size - offset if length is None else length
+    before = offset % mmap.ALLOCATIONGRANULARITY  # zipfile passes over what stands before an archive
+    with open(path, "rb") as file, View(file.fileno(), before + length, offset=offset - before, access=mmap.ACCESS_READ) as view:
+        archive = zipfile.ZipFile(view)
+        entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+
+        def tensor(storage, start, shape, stride, *rest):
+            _, dtype, key, _, _ = storage
+            at, numbers = entries[f"data/{key}"].header_offset, math.prod(shape)
+            at += 30 + sum(struct.unpack_from("<HH", view, at + 26))  # behind the record's own header
+            dense = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+            if any(a != b for a, b, n in zip(stride, dense, shape, strict=True) if n > 1) and numbers:
+                dtype = "transposed"
+            elif entries[f"data/{key}"].file_size < (start + numbers) * BYTES[dtype]:
+                raise ValueError("a tensor is larger than its storage")
+            start *= BYTES.get(dtype, 0)
+            return Stored(shape, dtype, [Chunk(path, offset - before + at + start, (0,) * len(shape), tuple(shape))])
+
+        known = {("collections", "OrderedDict"): OrderedDict, ("torch._utils", "_rebuild_tensor_v2"): tensor, ("torch", "Size"): tuple}
+        known |= {("torch._utils", "_rebuild_parameter"): lambda data, *rest: data}
+        known |= {("torch", f"{word}Storage"): name for word, name in STORAGES.items()}
+        return Plain(io.BytesIO(archive.read(entries["data.pkl"])), known).load()
+
+
+def read_metadata(folder):
+    """Return {name: [shape, dtype, {corner: (file, offset, length)}]} of a torch distributed checkpoint's .metadata; no code is run."""
+    known = {("torch", "Size"): tuple, ("torch.serialization", "_get_layout"): str}
+    known |= {("torch", name): name for name in BYTES}
+    classes = ("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING")
+    classes += ("ChunkStorageMetadata", "MetadataIndex", "StorageMeta")
+    known |= {("torch.distributed.checkpoint.metadata", name): Record for name in classes}
+    known |= {(f"{module}.distributed.checkpoint.filesystem", "_StorageInfo"): Record for module in ("torch", "olmo_core")}
+    known |= {("pathlib", "PosixPath"): Record}
+    with open(folder / ".metadata", "rb") as file:
+        metadata = Plain(file, known).load()
+    places = {(index.fqn, getattr(index, "offset", ())): info for index, info in metadata.storage_data.items()}
+    tensors = {}
+    for key, value in metadata.state_dict_metadata.items():
+        if key.startswith("model.") and hasattr(value, "chunks"):
+            found = {chunk.offsets: (places[key, chunk.offsets], chunk.sizes) for chunk in value.chunks}
+            chunks = {at: (folder / info.relative_path, info.offset, info.length, sizes) for at, (info, sizes) in found.items()}
+            if sum(math.prod(sizes) for *_, sizes in chunks.values()) != math.prod(value.size):
+                raise ValueError(f"it lists parts of {key} only")
+            tensors[key.removeprefix("model.")] = (value.size, value.properties.state[0], chunks)
     return tensors
 
 
-def map_tensors(path):
-    """Return {name: tensor} of model.pt or model.safetensors, mapped, not read; no code in the file is run."""
-    import torch
+def read_distributed(folder):
+    """Return {name: Stored} of the model in a torch distributed checkpoint: each chunk of a tensor is an archive within a .distcp file."""
+    tensors = {}
+    for name, (shape, dtype, chunks) in read_metadata(folder).items():
+        found = []
+        for corner, (path, offset, length, sizes) in chunks.items():
+            held = read_torch(path, offset, length)
+            if (held.shape, held.dtype) != (sizes, dtype):
+                raise ValueError(f"{name} in {path.name} is not what .metadata says")
+            found.append(held.chunks[0]._replace(corner=corner))
+        tensors[name] = Stored(shape, dtype, found)
+    return tensors
 
+
+def read_tensors(path):
+    """Return {name: Stored} of model.pt, model.safetensors or the .metadata of a sharded checkpoint; no code in the files is run."""
     try:
-        plain = path.suffix == ".safetensors"
-        tensors = map_safetensors(path) if plain else torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (pickle.UnpicklingError, ImportError) as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        fail(f"{path}: it asks for {code[1] if code else 'code'} to be run; nothing was run, do not trust this file")
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
-        fail(f"{path}: not a whole file of weights ({str(error).splitlines()[0]}); copy it again or take another step")
-    odd = [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)] if isinstance(tensors, dict) else ["all of it"]
+        reader = {".safetensors": read_safetensors, ".pt": read_torch}.get(path.suffix)
+        tensors = reader(path) if reader else read_distributed(path.parent)
+    except NO_WEIGHTS as error:
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            fail(f"{path}: it asks for {code[1]} to be run; nothing was run, do not trust this file")
+        fail(f"{path}: not a whole file of weights ({' '.join(str(error).split())[:200]}); copy it again or take another step")
+    odd = [name for name, value in tensors.items() if not isinstance(value, Stored)] if isinstance(tensors, dict) else ["all of it"]
     if odd:
         fail(f"{path}: {odd[0]} is not a tensor: this is not the state of an OLMo model (optim.pt and train.pt are other things)")
     return tensors
-
-
-def release(tensor):
-    """Give a mapped tensor's whole pages back to the system: they count as resident, and need not stay after use."""
-    import ctypes
-
-    page, start = os.sysconf("SC_PAGE_SIZE"), tensor.data_ptr()
-    first, last = -(-start // page) * page, (start + tensor.numel() * tensor.element_size()) // page * page
-    if last > first:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), 4)  # MADV_DONTNEED
 
 
 def write_shard(path, parts, tensors, dtypes, bar):
@@ -561,15 +832,13 @@ def write_shard(path, parts, tensors, dtypes, bar):
 
         put(struct.pack("<Q", len(text)) + text)
         for part in parts:
-            rows = tensors[part.source][part.start : part.stop]
-            for piece in rows.split(max(1, PIECE // (rows[0].numel() * rows.element_size()))):
-                out = piece.to(dtypes[part.source]).contiguous()
+            for piece in pieces(part, tensors[part.source]):
+                out = piece.to(dtypes[part.source])
                 if not all(map(math.isfinite, out.aminmax())):
                     if all(map(math.isfinite, piece.aminmax())):
                         fail(f"{part.source} has numbers too large for {dtype_name(out.dtype)}; use --dtype keep")
                     fail(f"{part.source} holds NaN or infinity: training had diverged; take an earlier step")
                 put(out.view(torch.uint8).reshape(-1).numpy())
-                release(piece)
     return digest.hexdigest()
 
 
@@ -649,7 +918,8 @@ def check_loads(folder, config, tokenizer):
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     loaded, generation = AutoConfig.from_pretrained(folder), GenerationConfig.from_pretrained(folder)
-    values = {key: getattr(loaded, key, None) for key in config} | {"rope_theta": loaded.rope_parameters["rope_theta"]}
+    thetas = {value for name, value in flatten(loaded.rope_parameters) if name.rpartition(".")[2] == "rope_theta"}
+    values = {key: getattr(loaded, key, None) for key in config} | {"rope_theta": thetas.pop() if len(thetas) == 1 else thetas}
     values |= {key: dtype_name(values[key]) for key in ("dtype", "torch_dtype")}
     values |= {f"generation {key}": getattr(generation, key) for key in ("eos_token_id", "pad_token_id")}
     for key, value in values.items():
@@ -666,26 +936,86 @@ def check_loads(folder, config, tokenizer):
         fail(f"{folder} reloads with eos id {reloaded.eos_token_id}, not {config['eos_token_id']}; correct special_tokens_map.json")
 
 
-def check_packages(validation):
-    """Leave before anything is written when a package is missing that is needed only at the end."""
+def check_packages(native):
+    """Leave before anything is written when a package is missing that is needed only at the end; `native`: what trained the model."""
     packages = {"yaml": "pyyaml", "tqdm": "tqdm", "torch": "torch", "tokenizers": "tokenizers", "transformers": "transformers"}
-    for module, package in (packages | ({"olmo": "ai2-olmo"} if validation else {})).items():
+    for module, package in (packages | native).items():
         if not importlib.util.find_spec(module):
-            remedy = ", or compare nothing: --skip-validation" if module == "olmo" else ""
+            remedy = ", or compare nothing: --skip-validation" if module in native else ""
             fail(f"package {package} is missing in {sys.prefix}; install it{remedy}")
 
 
-def check_memory(parameters):
-    """Leave before anything is written when the machine cannot hold both models, in float32."""
+def must_stream(parts):
+    """Return whether both models are too large for this machine in float32, and must be compared layer by layer.
+
+    SystemExit before anything is written when two layers and the embeddings are too large as well.
+    """
+    layers = Counter()
+    for part in parts:
+        layers[".".join(part.target.split(".")[:3]) if part.target.startswith("model.layers.") else ""] += count(part)
+    least, whole = 8 * (layers.pop("") + max(layers.values())), 8 * sum(map(count, parts))
     with contextlib.suppress(OSError):
         available = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
-        if 8 * parameters > available:
-            needed, free = (f"{number / 1e9:.1f} GB" for number in (8 * parameters, available))
+        if least > available:
+            needed, free = (f"{number / 1e9:.1f} GB" for number in (least, available))
             fail(f"the comparison of the logits needs {needed} of memory and {free} are free; --skip-validation leaves it out")
+        return whole > available
+    return False
 
 
-def load_native(config_path, tensors, dtypes):
-    """Return ai2-olmo's own model in float32, its weights rounded as they were written; those in float32 stay mapped."""
+def fill(model, layers, read, streamed):
+    """Give an empty model its weights by read(name). `streamed`: those of each of `layers`, a name with "{}", only while it computes."""
+    import torch
+
+    state = {name: weight for name, weight in model.state_dict().items() if isinstance(weight, torch.Tensor)}
+    inner = {}
+    if streamed:
+        for name in state:
+            if match := re.match(re.escape(layers).replace(r"\{\}", r"\d+"), name):
+                inner.setdefault(match[0], []).append(name[match.end() + 1 :])
+    late = {f"{layer}.{name}" for layer, names in inner.items() for name in names}
+    model.load_state_dict({name: read(name) for name in state if name not in late}, strict=False, assign=True)
+    for layer, names in inner.items():
+        module = model.get_submodule(layer)
+        empty = {name: state[f"{layer}.{name}"] for name in names}
+
+        def take(module, inputs, layer=layer, names=names):
+            module.load_state_dict({name: read(f"{layer}.{name}") for name in names}, assign=True)
+
+        def drop(module, inputs, output, empty=empty):
+            module.load_state_dict(empty, assign=True)
+
+        module.register_forward_pre_hook(take)
+        module.register_forward_hook(drop)
+    return model.eval()
+
+
+def load_native(config_path, tensors, dtypes, streamed=False):
+    """Return the training package's own model in float32, its weights rounded as they were written, and its call: ids -> logits.
+
+    The call gives the last 512 positions, as transformers' logits_to_keep does.
+    """
+
+    def read(name):
+        name = name if name in dtypes else {head: embedding for embedding, head in TIED.items()}[name]
+        return tensors[name].rows().to(dtypes[name]).float()
+
+    if config_path.suffix == ".json":
+        from olmo_core.nn.transformer import TransformerConfig
+
+        def plain(node):  # the arithmetic, without the kernels of GPUs
+            if not isinstance(node, dict):
+                return {"fused_rms": "rms"}.get(node, node) if isinstance(node, str) else node
+            node = {key: plain(value) for key, value in node.items() if key not in ("backend", "use_flash")}
+            return node | ({"backend": "torch"} if "n_heads" in node else {})
+
+        try:
+            settings = plain(json.loads(config_path.read_text(encoding="utf-8"))["model"])
+            model = TransformerConfig.from_dict(settings).build(init_device="meta")
+        except Exception as error:
+            fail(f"{config_path}: olmo-core does not take it: {' '.join(str(error).split())}")
+        fill(model, "blocks.{}", read, streamed)
+        return model, functools.partial(model, logits_to_keep=ROW)
     from olmo.config import ModelConfig
     from olmo.exceptions import OLMoError
     from olmo.model import OLMo
@@ -695,23 +1025,34 @@ def load_native(config_path, tensors, dtypes):
     except OLMoError as error:
         fail(f"{config_path}: ai2-olmo does not take it: {' '.join(str(error).split())}")
     config.init_device, config.flash_attention = "meta", False
-    model = OLMo(config, init_params=False)
-    model.load_state_dict({name: tensor.to(dtypes[name]).float() for name, tensor in tensors.items()}, assign=True)
-    model.transformer.ln_f.register_forward_hook(lambda module, inputs, output: output[:, -ROW:])  # as transformers' logits_to_keep
-    return model.eval()
+    model = fill(OLMo(config, init_params=False), "transformer.blocks.{}", read, streamed)
+    model.transformer.ln_f.register_forward_hook(lambda module, inputs, output: output[:, -ROW:])
+    return model, lambda ids: model(ids).logits
 
 
-def load_hf(folder):
+def load_hf(folder, streamed=False):
     """Return the written model in float32, as transformers reads it; SystemExit when it misses weights or has too many."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    model, notes = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    if streamed:
+        stored = {name: tensor for path in sorted(folder.glob("model*.safetensors")) for name, tensor in read_safetensors(path).items()}
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies are in no file
+        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+        wanted = model.state_dict().keys() - tied
+        notes = {"missing_keys": wanted - stored.keys(), "unexpected_keys": stored.keys() - wanted}
+    else:
+        model, notes = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     for key, names in notes.items():
         if names:
             fail(f"{folder} reads back with {key.replace('_', ' ')}: {sorted(map(str, names))[0]}; please report this checkpoint")
+    if streamed:
+        fill(model, "model.layers.{}", lambda name: stored["model.embed_tokens.weight" if name in tied else name].rows().float(), True)
     return model.eval()
 
 
@@ -738,8 +1079,8 @@ def greedy(model, ids, number):
     return ids[0, start:].tolist()
 
 
-def first_departure(native, model, parts, ids):
-    """Return the name of the first Hugging Face module, in the order of computation, whose output is not the native one's."""
+def departures(native, call, model, parts, ids):
+    """Return [(name of a Hugging Face module, max |Δ| of its output, largest |output|)] in the order of computation."""
     import torch
 
     outputs = {}
@@ -748,25 +1089,25 @@ def first_departure(native, model, parts, ids):
         def hook(module, inputs, output):
             outputs[name] = output.clone()  # clip_qkv changes it in place
 
-        module.register_forward_hook(hook)
+        return module.register_forward_hook(hook)
 
-    for part in parts:
-        record(model.get_submodule(part.target.removesuffix(".weight")), part.target)
-        record(native.get_submodule(part.source.removesuffix(".weight")), part.source)
+    hooks = [record(model.get_submodule(part.target.removesuffix(".weight")), part.target) for part in parts]
+    hooks += [record(native.get_submodule(part.source.removesuffix(".weight")), part.source) for part in parts]
     model(ids, logits_to_keep=ROW)
-    native(ids)
-    by_name = {part.target: part for part in parts}
+    call(ids)
+    for hook in hooks:
+        hook.remove()
+    by_name, found = {part.target: part for part in parts}, []
     for part in (by_name[name] for name in outputs if name in by_name):
         wanted = outputs[part.source]
-        found = outputs[part.target][:, -wanted.shape[1] :]
+        ours = outputs[part.target][:, -wanted.shape[1] :]
         if not isinstance(model.get_submodule(part.target.removesuffix(".weight")), torch.nn.Embedding):
-            wanted = wanted[..., part.start : part.stop]
-        if not (wanted - found).abs().max() <= BOUND * wanted.abs().max():
-            return part.target.removesuffix(".weight")
-    return "lm_head"
+            wanted, ours = wanted[..., part.start : part.stop], ours[..., : part.shape[0] - part.start]
+        found.append((part.target.removesuffix(".weight"), (wanted - ours).abs().max().item(), wanted.abs().max().item()))
+    return found
 
 
-def compare(native, model, parts, tokenizer, where):
+def compare(native, call, model, parts, tokenizer, where):
     """Compare the logits of both models, in float32, and return the figures; SystemExit names the first layer that departs.
 
     Rows: text, random ids, the longest row that the model takes (its last 512 positions), and a prompt with 16 greedy tokens.
@@ -775,7 +1116,7 @@ def compare(native, model, parts, tokenizer, where):
     import torch
     from tqdm import tqdm
 
-    vocabulary, length = model.config.vocab_size, model.config.max_position_embeddings
+    vocabulary, length = min(parts[0].stop, parts[0].shape[0]), model.config.max_position_embeddings
     prompt = (tokenizer.encode(PROMPT).ids or [model.config.eos_token_id])[: max(1, length - 16)]
     with torch.inference_mode():
         ids = greedy(model, torch.tensor([prompt]), min(16, length - len(prompt)))
@@ -784,40 +1125,43 @@ def compare(native, model, parts, tokenizer, where):
         logprobs = model(text).logits[0, :-1].log_softmax(-1).gather(-1, text[0, 1:, None])[:, 0]
         differences, largest, agreed, positions = [], 0.0, 0, 0
         for row in tqdm(rows, desc="comparing", disable=not sys.stderr.isatty()):
-            wanted, found = native(row).logits[..., :vocabulary], model(row, logits_to_keep=ROW).logits
-            differences.append((wanted - found).abs().max())
+            wanted, found = call(row)[..., :vocabulary], model(row, logits_to_keep=ROW).logits
+            differences.append((wanted - found[..., :vocabulary]).abs().max())
             largest = max(largest, wanted.abs().max().item())
-            agreed += (wanted.argmax(-1) == found.argmax(-1)).sum().item()
+            agreed += (wanted.argmax(-1) == found.argmax(-1)).sum().item()  # no row that pads the vocabulary may win
             positions += wanted.shape[1]
-        embeddings = torch.equal(native.transformer.wte.weight[:vocabulary], model.get_input_embeddings().weight)
+        ours, theirs = model.get_input_embeddings().weight, native.get_parameter(parts[0].source)
+        embeddings = torch.equal(ours[:vocabulary], theirs[:vocabulary])
         difference, bound = torch.stack(differences).max().item(), BOUND * largest
-        if not (difference <= bound and embeddings):
-            worst = rows[torch.stack(differences).argmax()]
-            name = first_departure(native, model, parts, worst) if embeddings else "model.embed_tokens"
+        passed = difference <= bound and embeddings
+        row = rows[-1] if passed else rows[torch.stack(differences).argmax()]
+        layers = {name: delta for name, delta, size in departures(native, call, model, parts, row) if passed or not delta <= BOUND * size}
+        if not passed:
+            first = next(iter(layers), "lm_head") if embeddings else "model.embed_tokens"
             fail(
                 f"{where}: its logits are not the checkpoint's: max |Δ| {difference:.3g} (bound {bound:.3g}), argmax equal at "
-                f"{agreed / positions:.1%} of {positions} positions, first departure at {name}; nothing is kept, please report it"
+                f"{agreed / positions:.1%} of {positions} positions, first departure at {first}; nothing is kept, please report it"
             )
     figures = {"max_abs_logit_difference": difference, "bound": bound, "largest_logit": largest, "argmax_agreement": agreed / positions}
     proof = {"prompt": PROMPT, "prompt_ids": prompt, "ids": ids, "text_ids": text[0].tolist(), "text_logprobs": logprobs.tolist()}
-    figures |= {"positions": positions, "longest_row": length, "greedy": proof}
+    figures |= {"positions": positions, "longest_row": length, "greedy": proof, "layers": layers}
     return figures
 
 
-def model_card(config, settings, digest, counts, figures):
+def model_card(config, settings, digests, counts, figures):
     """Return README.md: where the model comes from, its shape, and how far it agrees with the checkpoint."""
     parity = "The logits were not compared with the checkpoint's (`--skip-validation`)."
     if figures:
         parity = (
-            "Logits of this folder, read back by transformers, against those of ai2-olmo's own model with the same weights, both in "
-            f"float32 on a CPU: max |Δ| = {figures['max_abs_logit_difference']:g} over {figures['positions']} positions in rows of up to "
-            f"{figures['longest_row']} tokens; argmax equal at {figures['argmax_agreement']:.2%}."
+            f"Logits of this folder, read back by transformers, against those of {settings['package']}'s own model with the same "
+            f"weights, both in float32 on a CPU: max |Δ| = {figures['max_abs_logit_difference']:g} over {figures['positions']} positions "
+            f"in rows of up to {figures['longest_row']} tokens; argmax equal at {figures['argmax_agreement']:.2%}."
         )
     shape = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
     shape += ("max_position_embeddings", "rope_theta", "tie_word_embeddings", "eos_token_id", "pad_token_id", "dtype")
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", f"# {settings['name']}", ""]
-    lines += [f"{config['architectures'][0]}, {counts['parameters']:,} parameters, converted from the ai2-olmo checkpoint"]
-    lines += [f"`{settings['checkpoint']}` (weights: SHA-256 `{digest}`)"]
+    lines += [f"{config['architectures'][0]}, {counts['parameters']:,} parameters, converted from the {settings['package']} checkpoint"]
+    lines += [f"`{settings['checkpoint']}` (weights: SHA-256 {', '.join(f'`{digest}`' for digest in digests)})"]
     lines += [f"with `--dtype {settings['dtype']} --vocab {settings['vocab']}`."]
     lines += ["", parity, "", "| setting | value |", "|---|---|", *(f"| {key} | {config[key]} |" for key in shape)]
     return "\n".join([*lines, ""])
@@ -850,14 +1194,15 @@ def build_parser():
     parser = argparse.ArgumentParser(
         prog="convert_olmo_to_hf.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--input", required=True, metavar="DIR", help="checkpoint folder, or a run's folder of stepN-unsharded folders")
+    parser.add_argument("--input", required=True, metavar="DIR", help="checkpoint folder, or a run's folder of such folders (stepN…)")
     parser.add_argument("--tokenizer", required=True, metavar="DIR_OR_FILE", help="tokenizer.json, or the folder that holds it")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the Hugging Face model")
     parser.add_argument("--config", metavar="FILE.yaml", help="recipe: flags as YAML, overruled by the command line")
     parser.add_argument("--step", type=step, default="latest", help="step to take of a run's folder (default: latest)")
     parser.add_argument("--dtype", choices=("keep", "float32", "bfloat16"), default="keep", help="of the written weights (default: keep)")
     parser.add_argument("--max-shard-size", type=size, default="4GB", metavar="SIZE", help="largest file of weights (default: 4GB)")
-    parser.add_argument("--vocab", choices=("keep", "trim"), default="keep", help="trim: drop the rows that only pad the vocabulary")
+    words = "trim: drop the rows that only pad the vocabulary; pad:N: make it a multiple of N (default: keep)"
+    parser.add_argument("--vocab", type=vocab, default="keep", metavar="keep|trim|pad:N", help=words)
     parser.add_argument("--skip-validation", action=argparse.BooleanOptionalAction, default=False, help="do not compare the logits")
     parser.add_argument("--overwrite", action="store_true", help="put another run's output aside and convert anew")
     return parser
@@ -867,9 +1212,12 @@ def main():
     parser = build_parser()
     args = parser.parse_args(config_argv(parser, sys.argv[1:]))
     checkpoint = find_checkpoint(Path(args.input), args.step)
-    weights, config_path, tokenizer_files = weights_of(checkpoint), checkpoint / "config.yaml", tokenizer_paths(Path(args.tokenizer))
-    check_packages(not args.skip_validation)
-    run = Run("convert", args, [config_path, weights, *tokenizer_files])
+    weights, config_path, tokenizer_files = weights_of(checkpoint), config_of(checkpoint), tokenizer_paths(Path(args.tokenizer))
+    module, package = ("olmo_core", "ai2-olmo-core") if config_path.suffix == ".json" else ("olmo", "ai2-olmo")
+    check_packages({} if args.skip_validation else {module: package})
+    tensors = read_tensors(weights)
+    files = list(files_of(weights))
+    run = Run("convert", args, [config_path, *files, *tokenizer_files])
     with unverified(run.output) as folder:
         os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}  # all that is loaded lies in the folder; all sums are the CPU's
         logging.disable(logging.WARNING)  # of libraries, about themselves
@@ -880,14 +1228,12 @@ def main():
         model = read_settings(config_path)
         parts = plan_tensors(model, args.vocab)
         rows = parts[0].stop
-        tokenizer, files = read_tokenizer(tokenizer_files, model, rows)
-        hashing = threading.Thread(target=run.sha256, args=[weights], daemon=True)  # beside the writing, which reads the same pages
-        tensors = map_tensors(weights)
-        check_tensors(parts, tensors, weights)
-        if not args.skip_validation:
-            check_memory(sum(map(count, parts)))
+        tokenizer, own = read_tokenizer(tokenizer_files, model, rows)
+        hashing = threading.Thread(target=lambda: list(map(run.sha256, files)), daemon=True)  # beside the writing: the same pages
+        check_tensors(parts, tensors, weights, config_path.name)
+        streamed = not args.skip_validation and must_stream(parts)
         hashing.start()
-        dtypes = {name: tensor.dtype if args.dtype == "keep" else getattr(torch, args.dtype) for name, tensor in tensors.items()}
+        dtypes = {part.source: getattr(torch, tensors[part.source].dtype if args.dtype == "keep" else args.dtype) for part in parts}
         digests, counts = write_model(folder, parts, tensors, dtypes, args.max_shard_size)
         hashing.join()
         usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -895,16 +1241,18 @@ def main():
         config = hf_config(model, rows, dtype_name(Counter(dtypes.values()).most_common(1)[0][0]))
         write_json(folder / "config.json", config)
         write_json(folder / "generation_config.json", {key: config[key] for key in ("eos_token_id", "pad_token_id")})
-        for name, data in files.items():
+        for name, data in own.items():
             with write_atomic(folder / name) as file:
                 file.write(data)
         check_loads(folder, config, tokenizer)
         figures = {}
         if not args.skip_validation:
-            figures = compare(load_native(config_path, tensors, dtypes), load_hf(folder), parts, tokenizer, folder)
-        settings = {"name": Path(args.output).resolve().name, "checkpoint": checkpoint.name, "dtype": args.dtype, "vocab": args.vocab}
+            native, call = load_native(config_path, tensors, dtypes, streamed)
+            figures = compare(native, call, load_hf(folder, streamed), parts, tokenizer, folder) | {"layer_by_layer": streamed}
+        settings = {"name": Path(args.output).resolve().name, "checkpoint": checkpoint.name, "dtype": args.dtype, "package": package}
+        settings |= {"vocab": args.vocab if isinstance(args.vocab, str) else f"pad:{args.vocab}"}
         with write_atomic(folder / "README.md", "w") as file:
-            file.write(model_card(config, settings, run.sha256(weights), counts, figures))
+            file.write(model_card(config, settings, map(run.sha256, files), counts, figures))
     run.digests |= {str(run.output / name): digest for name, digest in digests.items()}
     parity = f"max |Δlogit| {figures['max_abs_logit_difference']:g}" if figures else "logits not compared"
     shards = f"{counts['shards']} shard{'s' if counts['shards'] > 1 else ''}"

@@ -45,6 +45,11 @@ FAMILIES = {
     "tied": {"weight_tying": True, "embedding_size": None},
     "olmo2-tied": OLMO2 | {"weight_tying": True},
 }
+CORE = {  # of olmo-core; the window is shorter than a row, so that it shows
+    "core-olmo2": {"n_kv_heads": 2},
+    "core-tied": {"tie_word_embeddings": True},
+    "core-olmo3": {"rope_theta": 10_000, "sliding_window": {"pattern": [16, 16, -1], "force_full_attention_on_first_layer": False}},
+}
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -98,11 +103,36 @@ def save(folder, settings, state=None):
     return model
 
 
+def save_core(folder, settings):
+    """Write a checkpoint as olmo-core does: model and optimizer in .distcp files, its configuration as JSON; return the model."""
+    import torch
+    from olmo_core.distributed.checkpoint import save_model_and_optim_state
+    from olmo_core.nn.attention import SlidingWindowAttentionConfig
+    from olmo_core.nn.transformer import TransformerBlockType, TransformerConfig
+
+    torch.manual_seed(1)
+    fixed = {"d_model": 64, "vocab_size": 384, "n_layers": 3, "n_heads": 4, "hidden_size_multiple_of": 32, "layer_norm_eps": 1e-6}
+    fixed |= {"block_name": TransformerBlockType.reordered_norm, "qk_norm": True}
+    if "sliding_window" in settings:
+        settings = settings | {"sliding_window": SlidingWindowAttentionConfig(**settings["sliding_window"])}
+    config = TransformerConfig.llama_like(**fixed | settings)
+    model = config.build(init_device="cpu")
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, 1 if weight.dim() == 1 else 0, 0.3 if weight.dim() == 1 else 0.1)
+    folder.mkdir(parents=True)
+    save_model_and_optim_state(folder / "model_and_optim", model, torch.optim.AdamW(model.parameters()))
+    tokenizer = {"vocab_size": VOCABULARY, "eos_token_id": EOS, "pad_token_id": PAD}
+    written = {"model": config.as_config_dict(), "dataset": {"tokenizer": tokenizer, "sequence_length": 128}}
+    (folder / "config.json").write_text(json.dumps(written), encoding="utf-8")
+    return model.eval()
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     """checkpoints[family]: (folder, ai2-olmo's model)."""
     root = tmp_path_factory.mktemp("checkpoints")
-    return {family: (root / family, save(root / family, settings)) for family, settings in FAMILIES.items()}
+    legacy = {family: (root / family, save(root / family, settings)) for family, settings in FAMILIES.items()}
+    return legacy | {family: (root / family, save_core(root / family, settings)) for family, settings in CORE.items()}
 
 
 @pytest.fixture
@@ -124,8 +154,73 @@ def convert(script, monkeypatch, tokenizer, tmp_path, capfd):
     return run
 
 
+SHARDING = """
+import logging, shutil, sys
+from pathlib import Path
+import torch
+from torch.distributed import init_process_group
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+root, target, rank = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+logging.disable()
+init_process_group("gloo", init_method=f"file://{target}/rendezvous", rank=rank, world_size=2)
+
+from olmo.checkpoint import save_fsdp_model_and_optim_state
+from olmo.config import FSDPWrapStrategy, ModelConfig
+from olmo.model import OLMo
+
+model = OLMo(ModelConfig.load(root / "olmo2" / "config.yaml", key="model"))
+model.load_state_dict(torch.load(root / "olmo2" / "model.pt"))
+policy = model.get_fsdp_wrap_policy(FSDPWrapStrategy.by_block)
+model = FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"))
+save_fsdp_model_and_optim_state(target / "olmo2", model, torch.optim.AdamW(model.parameters()))
+
+import json
+from olmo_core.distributed.checkpoint import load_model_and_optim_state, save_model_and_optim_state
+from olmo_core.nn.transformer import TransformerConfig
+
+settings = json.loads((root / "core-olmo2" / "config.json").read_text())["model"]
+model = TransformerConfig.from_dict(settings).build(init_device="cpu")
+model.apply_fsdp(dp_mesh=init_device_mesh("cpu", (2,)))
+load_model_and_optim_state(root / "core-olmo2" / "model_and_optim", model)
+save_model_and_optim_state(target / "core-olmo2" / "model_and_optim", model, torch.optim.AdamW(model.parameters()))
+"""
+
+
+@pytest.fixture(scope="module")
+def sharded(checkpoints, tmp_path_factory):
+    """A folder with the checkpoints olmo2 and core-olmo2 as two processes write them, half of each tensor each."""
+    root, target = checkpoints["olmo2"][0].parent, tmp_path_factory.mktemp("sharded")
+    for name, config in (("olmo2", "config.yaml"), ("core-olmo2", "config.json")):
+        (target / name).mkdir()
+        shutil.copy(root / name / config, target / name)
+    command = [sys.executable, "-c", SHARDING, str(root), str(target)]
+    ranks = [subprocess.Popen([*command, rank], env=clean_environment(), stderr=subprocess.PIPE, text=True) for rank in "01"]
+    for rank in ranks:
+        said = rank.communicate(timeout=300)[1]
+        assert rank.returncode == 0, said
+    return target
+
+
+@pytest.mark.parametrize("name", ["olmo2", "core-olmo2"])
+def test_a_sharded_checkpoint_gives_the_bytes_of_a_whole_one(name, sharded, convert, checkpoints, tmp_path):
+    files = {path.name.split("_")[2] for path in (sharded / name / "model_and_optim").glob("*.distcp")}
+    assert files == {"0", "1"}  # of both processes
+    wanted = files_of(convert(checkpoints[name][0], "--skip-validation", output=tmp_path / "wanted").output)
+    done = convert(sharded / name)
+    assert done.code == 0, done.message
+    assert manifest(done.output)["metrics"]["max_abs_logit_difference"] == 0
+    assert files_of(done.output) == wanted
+
+
 def manifest(folder):
     return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+
+
+def logits(model, ids):
+    """Return what a model of either package, or of transformers, gives for `ids`."""
+    return getattr(model(ids), "logits", model(ids))
 
 
 def native_greedy(model, ids, number):
@@ -134,7 +229,7 @@ def native_greedy(model, ids, number):
     ids = torch.tensor([ids])
     with torch.inference_mode():
         for _ in range(number):
-            ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
+            ids = torch.cat([ids, logits(model, ids)[:, -1].argmax(-1, keepdim=True)], 1)
     return ids[0, -number:].tolist()
 
 
@@ -142,7 +237,7 @@ def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("manifest.json", "README.md")}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | CORE)
 def test_logits_are_equal(family, convert, checkpoints):
     """The gate's figures are exact, and so is a comparison of our own, for each variant of the architecture."""
     import torch
@@ -151,7 +246,8 @@ def test_logits_are_equal(family, convert, checkpoints):
     folder, native = checkpoints[family]
     done = convert(folder, "--max-shard-size", "200kB")
     assert done.code == 0, done.message
-    metrics, length = manifest(done.output)["metrics"], native.config.max_sequence_length
+    metrics = manifest(done.output)["metrics"]
+    length = (BASE | FAMILIES.get(family, {}))["max_sequence_length"]
     assert metrics["max_abs_logit_difference"] == 0
     assert metrics["argmax_agreement"] == 1
     assert metrics["longest_row"] == length
@@ -159,7 +255,7 @@ def test_logits_are_equal(family, convert, checkpoints):
     ids = torch.randint(0, VOCABULARY, (2, 100), generator=torch.Generator().manual_seed(2))
     model = AutoModelForCausalLM.from_pretrained(done.output)
     with torch.inference_mode():
-        assert torch.equal(model(ids).logits, native(ids).logits)
+        assert torch.equal(model(ids).logits, logits(native, ids))
     assert metrics["greedy"]["ids"] == native_greedy(native, metrics["greedy"]["prompt_ids"], 16)
     assert AutoTokenizer.from_pretrained(done.output)(metrics["greedy"]["prompt"])["input_ids"] == metrics["greedy"]["prompt_ids"]
 
@@ -247,6 +343,76 @@ def test_bfloat16_and_trimmed_vocabulary(family, convert, checkpoints):
     assert manifest(done.output)["metrics"]["max_abs_logit_difference"] == 0
 
 
+@pytest.mark.parametrize(("family", "number", "rows"), [("olmo1", 64, 320), ("olmo1", 500, 500), ("core-tied", 512, 512)])
+def test_padded_vocabulary(family, number, rows, convert, checkpoints):
+    """Rows that the checkpoint lacks are the mean of its own: in no position can their logit be the largest."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    folder, native = checkpoints[family]
+    done = convert(folder, "--vocab", f"pad:{number}")
+    assert done.code == 0, done.message
+    weights, own = load_file(done.output / "model.safetensors"), native.state_dict()
+    for name, source in (("model.embed_tokens.weight", 0), ("lm_head.weight", -1)):
+        if name in weights:
+            wanted = list(own.values())[source]
+            assert weights[name].shape[0] == rows
+            assert torch.equal(weights[name][:384], wanted[:rows])
+            assert torch.allclose(weights[name][384:], wanted.double().mean(0).float())
+    metrics = manifest(done.output)["metrics"]
+    assert (metrics["max_abs_logit_difference"], metrics["argmax_agreement"]) == (0, 1)
+    ids = torch.arange(300)[None, :100]
+    with torch.inference_mode():
+        found = AutoModelForCausalLM.from_pretrained(done.output)(ids).logits
+    assert found.shape[-1] == rows
+    assert found.argmax(-1).max() < 384
+
+
+@pytest.mark.parametrize("family", ["olmo1-clip-gqa", "olmo2-tied", "core-tied", "core-olmo3"])
+def test_models_larger_than_memory_are_compared_layer_by_layer(family, convert, checkpoints, script, monkeypatch, tmp_path):
+    """Both models hold one layer at a time, and the figures are those of whole models."""
+    whole = manifest(convert(checkpoints[family][0], output=tmp_path / "whole").output)["metrics"]
+    fill, held = script.fill, []
+
+    def watched(model, layers, read, streamed):
+        filled, name = fill(model, layers, read, streamed), layers.format(1)
+
+        def look(*_):
+            inner = {
+                key.removeprefix(layers[:-2]): weight.is_meta for key, weight in model.named_parameters() if key.startswith(layers[:-2])
+            }
+            held.append({key[0] for key, empty in inner.items() if not empty})
+
+        model.get_submodule(name).register_forward_hook(look, prepend=True)
+        return filled
+
+    monkeypatch.setattr(script, "fill", watched)
+    monkeypatch.setattr(script, "must_stream", lambda parts: True)
+    done = convert(checkpoints[family][0])
+    assert done.code == 0, done.message
+    metrics = manifest(done.output)["metrics"]
+    assert len(held) > 10
+    assert set(map(str, held)) == {"{'1'}"}
+    assert (whole.pop("layer_by_layer"), metrics.pop("layer_by_layer")) == (False, True)
+    assert metrics.pop("writing") and whole.pop("writing")
+    assert metrics == whole
+    assert set(metrics["layers"].values()) == {0}
+    assert "model.layers.2.mlp.down_proj" in metrics["layers"]
+
+
+@pytest.mark.parametrize("name", ["theta", "layers", "missing"])
+def test_a_wrong_folder_does_not_pass_layer_by_layer(name, convert, checkpoints, script, monkeypatch):
+    family, spoil, word = WRONG[name]
+    load = script.load_hf
+    monkeypatch.setattr(script, "must_stream", lambda parts: True)
+    monkeypatch.setattr(script, "load_hf", lambda folder, streamed: (spoil(folder), load(folder, streamed))[1])
+    done = convert(checkpoints[family][0])
+    assert done.code == 1
+    assert word in done.message
+    assert not done.output.exists()
+
+
 def test_half_precision_is_kept(convert, checkpoints, tmp_path):
     native = checkpoints["olmo2"][1]
     save(tmp_path / "half", OLMO2, {name: weight.half() for name, weight in native.state_dict().items()})
@@ -332,6 +498,7 @@ WRONG = {
         "layers.2.mlp.down_proj",
     ),
     "missing": ("olmo2", lambda f: change_weights(f, lambda w: w.pop("model.norm.weight")), "missing keys: model.norm.weight"),
+    "window": ("core-olmo3", lambda folder: change_config(folder, sliding_window=17), "first departure at model.layers.0.self_attn.o_proj"),
     "untied": ("tied", lambda folder: change_config(folder, tie_word_embeddings=False), "missing keys: lm_head.weight"),
 }
 
@@ -341,7 +508,7 @@ def test_a_wrong_folder_does_not_pass_the_gate(name, convert, checkpoints, scrip
     """The folder is spoilt between writing and comparing: exit 1, the first departing module named, nothing left."""
     family, spoil, word = WRONG[name]
     load = script.load_hf
-    monkeypatch.setattr(script, "load_hf", lambda folder: (spoil(folder), load(folder))[1])
+    monkeypatch.setattr(script, "load_hf", lambda folder, streamed: (spoil(folder), load(folder, streamed))[1])
     done = convert(checkpoints[family][0])
     assert done.code == 1
     assert word in done.message
@@ -419,11 +586,13 @@ BAD = {
     "no-folder": (lambda f: shutil.rmtree(f), ["no such folder"]),
     "empty": (lambda f: only(f), ["config.yaml is missing", "it is empty"]),
     "hf": (lambda f: only(f, "config.json", "model.safetensors"), ["Hugging Face folder already"]),
-    "sharded": (lambda f: only(f, "config.yaml", "model_and_optim/.metadata"), ["sharded checkpoint"]),
-    "sharded-run": (lambda f: only(f, "step10/config.yaml"), ["sharded checkpoints only"]),
+    "empty-metadata": (lambda f: only(f, "config.yaml", "model_and_optim/.metadata"), [".metadata: not a whole file of weights"]),
+    "older-shards": (lambda f: only(f, "config.yaml", "rank0.pt"), ["a sharded checkpoint of an older kind"]),
+    "below": (lambda f: only(f, ".metadata", "__0_0.distcp"), ["name the folder above it"]),
+    "sharded-run": (lambda f: only(f, "step10/config.yaml"), ["no whole checkpoint; steps there: [10]"]),
     "tokens": (lambda f: only(f, "part-0.npy"), ["token memory maps"]),
     "no-config": (lambda f: (f / "config.yaml").unlink(), ["config.yaml is missing"]),
-    "no-weights": (lambda f: (f / "model.pt").unlink(), ["neither model.pt nor model.safetensors"]),
+    "no-weights": (lambda f: (f / "model.pt").unlink(), ["neither model.pt nor model.safetensors nor model_and_optim"]),
     "cut": (cut, ["model.pt is cut short"]),
     "binary-config": (lambda f: (f / "config.yaml").write_bytes(b"\x00\xff\x80"), ["config.yaml", "no settings"]),
     "list-config": (lambda f: (f / "config.yaml").write_text("- 1"), ["config.yaml", "no settings"]),
@@ -447,7 +616,8 @@ BAD = {
     "left-over": (lambda f: state_of(f, lambda s: s.update(wpe=s[W])), ["unknown tensor wpe"]),
     "nan": (lambda f: state_of(f, lambda s: s[W][3, 5:6].fill_(float("nan")) and None), [f"{W} holds NaN or infinity"]),
     "inf": (lambda f: state_of(f, lambda s: s[W][3, 5:6].fill_(float("-inf")) and None), [f"{W} holds NaN or infinity"]),
-    "double": (lambda f: state_of(f, lambda s: s.update({W: s[W].double()})), [f"{W} is torch.float64"]),
+    "double": (lambda f: state_of(f, lambda s: s.update({W: s[W].double()})), [f"{W} is float64; only float32"]),
+    "transposed": (lambda f: state_of(f, lambda s: s.update({W: s[W].t().contiguous().t()})), [f"{W} is transposed"]),
     "nested": (lambda f: state_of(f, lambda s: {"model": dict(s)}), ["model is not a tensor"]),
     "hostile": (hostile_pickle, ["mkdir to be run", "nothing was run"]),
     "hostile-key": (hostile_key, ["mkdir to be run", "nothing was run"]),
@@ -469,6 +639,117 @@ def test_a_bad_checkpoint_is_refused_by_name(name, convert, checkpoints, tmp_pat
     assert "\n" not in done.message.strip()
     assert not done.output.exists()
     assert not (folder / "was-run").exists()
+
+
+def core_settings(change):
+    """Return a function that changes a copied core checkpoint's config.json."""
+
+    def spoil(folder):
+        content = json.loads((folder / "config.json").read_text())
+        change(content, content["model"]["block"], content["model"]["block"]["sequence_mixer"])
+        (folder / "config.json").write_text(json.dumps(content))
+
+    return spoil
+
+
+def shard(folder):
+    return sorted((folder / "model_and_optim").glob("*.distcp"))[0]
+
+
+def cut_shard(folder, size=0):
+    path = shard(folder)
+    path.write_bytes(path.read_bytes()[: size or path.stat().st_size // 2])
+
+
+def hostile_metadata(folder):
+    (folder / "model_and_optim" / ".metadata").write_bytes(pickle.dumps(Evil(folder / "was-run")))
+
+
+def rewrite_shards(folder, spoil):
+    """Save the checkpoint anew with `spoil` applied to the state of its model."""
+    import torch
+    from olmo_core.distributed.checkpoint import load_model_and_optim_state, save_model_and_optim_state
+    from olmo_core.nn.transformer import TransformerConfig
+
+    model = TransformerConfig.from_dict(json.loads((folder / "config.json").read_text())["model"]).build(init_device="cpu")
+    load_model_and_optim_state(folder / "model_and_optim", model)
+    with torch.no_grad():
+        spoil(model)
+    save_model_and_optim_state(folder / "model_and_optim", model, save_overwrite=True)
+
+
+def hostile_shard(folder):
+    """A tensor's archive within a .distcp file is replaced by one of the same length whose pickle makes a folder."""
+    import zipfile
+
+    places = pickle.loads((folder / "model_and_optim" / ".metadata").read_bytes()).storage_data
+    place = next(info for index, info in places.items() if index.fqn == f"model.{CW}")
+    with zipfile.ZipFile(folder / "evil.zip", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(Evil(folder / "was-run")))
+    evil = (folder / "evil.zip").read_bytes()
+    with open(folder / "model_and_optim" / place.relative_path, "r+b") as file:
+        file.seek(place.offset)
+        file.write(b"\0" * (place.length - len(evil)) + evil)
+
+
+CW = "blocks.1.feed_forward.w2.weight"
+BAD_CORE = {
+    "missing-distcp": (lambda f: shard(f).unlink(), ["__0_0.distcp is missing"]),
+    "cut-distcp": (cut_shard, ["__0_0.distcp is cut short"]),
+    "hostile-metadata": (hostile_metadata, ["mkdir to be run", "nothing was run"]),
+    "hostile-distcp": (hostile_shard, ["mkdir to be run", "nothing was run"]),
+    "no-config": (lambda f: (f / "config.json").unlink(), ["config.json is missing"]),
+    "list-config": (lambda f: (f / "config.json").write_text("[]"), ["config.json", "no settings"]),
+    "no-tokenizer": (core_settings(lambda c, b, m: c["dataset"].pop("tokenizer")), ["config.json", "model.vocab_size is None"]),
+    "no-length": (core_settings(lambda c, b, m: c["dataset"].pop("sequence_length")), ["model.max_sequence_length is None"]),
+    "gelu": (core_settings(lambda c, b, m: b["feed_forward"].update(activation="gelu_tanh")), ["block.feed_forward.activation: gelu_tanh"]),
+    "pre-norm": (core_settings(lambda c, b, m: b.update(name="default")), ["model.block.name: default"]),
+    "norm": (core_settings(lambda c, b, m: b["layer_norm"].update(name="default")), ["model.block.layer_norm.name: default"]),
+    "head-norm": (core_settings(lambda c, b, m: m.update(use_head_qk_norm=True)), ["sequence_mixer.use_head_qk_norm: True"]),
+    "no-qk-norm": (core_settings(lambda c, b, m: m.pop("qk_norm")), ["sequence_mixer.qk_norm."]),
+    "eps": (core_settings(lambda c, b, m: b["layer_norm"].update(eps=1e-5)), ["eps of the norms: ['1e-05', '1e-06']"]),
+    "scaled-rope": (core_settings(lambda c, b, m: m["rope"].update(scaling={"factor": 8})), ["rope.scaling.factor: 8"]),
+    "clip": (core_settings(lambda c, b, m: m.update(clip_qkv=8)), ["sequence_mixer.clip_qkv: 8"]),
+    "windows": (
+        core_settings(lambda c, b, m: m.update(sliding_window={"pattern": [8, 16, -1], "force_full_attention_on_first_layer": False})),
+        ["sliding_window.pattern: [8, 16, -1]"],
+    ),
+    "experts": (core_settings(lambda c, b, m: b.update(feed_forward_moe={"num_experts": 4})), ["feed_forward_moe.num_experts: 4"]),
+    "overrides": (core_settings(lambda c, b, m: c["model"].update(block_overrides={"1": {"name": "default"}})), ["block_overrides.1.name"]),
+    "wider": (core_settings(lambda c, b, m: c["model"].update(d_model=128)), ["but config.json makes it (384, 128)"]),
+    "shallower": (core_settings(lambda c, b, m: c["model"].update(n_layers=2)), ["holds the unknown tensor blocks.2."]),
+    "deeper": (core_settings(lambda c, b, m: c["model"].update(n_layers=4)), ["lacks tensor blocks.3."]),
+    "tied": (core_settings(lambda c, b, m: c["model"].update(tie_word_embeddings=True)), ["lm_head.w_out.weight differs from embeddings"]),
+    "vocabulary": (core_settings(lambda c, b, m: c["dataset"]["tokenizer"].update(vocab_size=299)), ["vocab_size is 299"]),
+    "nan": (lambda f: rewrite_shards(f, lambda m: m.get_parameter(CW)[3, 5:6].fill_(float("nan"))), [f"{CW} holds NaN or infinity"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CORE)
+def test_a_bad_core_checkpoint_is_refused_by_name(name, convert, checkpoints, tmp_path):
+    spoil, words = BAD_CORE[name]
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoints["core-olmo2"][0], folder)
+    spoil(folder)
+    done = convert(folder)
+    assert done.code == 1
+    for word in words:
+        assert word in done.message
+    assert str(folder) in done.message or CW in done.message or "tokenizer.json" in done.message
+    assert "\n" not in done.message.strip()
+    assert not done.output.exists()
+    assert not (folder / "was-run").exists()
+
+
+def test_the_latest_core_step_is_taken(convert, checkpoints, tmp_path):
+    """A step whose .distcp files are not whole is passed over, with a word."""
+    for number in (5, 10, 20):
+        shutil.copytree(checkpoints["core-olmo2"][0], tmp_path / "run" / f"step{number}")
+    cut_shard(tmp_path / "run" / "step20", 100)
+    done = convert(tmp_path / "run", "--skip-validation")
+    assert done.code == 0
+    assert "step20 is not whole: __0_0.distcp is cut short" in done.said
+    assert manifest(done.output)["summary"] == "logits not compared, 1 shard of step10"
 
 
 def test_overflow_of_the_written_type_is_named(convert, checkpoints, tmp_path):
