@@ -1,7 +1,18 @@
 #!/usr/bin/env -S uv run --script
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["ai2-olmo==0.6.0", "pyyaml>=6", "tokenizers>=0.22", "torch>=2.6", "torchmetrics>=1.4", "tqdm>=4.66", "transformers>=4.57"]
+# dependencies = [
+#   "ai2-olmo==0.6.0",
+#   "ai2-olmo-core>=3",
+#   "pyyaml>=6",
+#   "tokenizers>=0.22",
+#   "torch>=2.6",
+#   "torchmetrics>=1.4",
+#   "tqdm>=4.66",
+#   "transformers>=4.57",
+# ]
+# [tool.uv]
+# override-dependencies = ["ai2-olmo-core==3.0.0"]
 # ///
 """Convert an OLMo checkpoint to a Hugging Face folder, and prove that both give the same logits.
 
@@ -9,13 +20,18 @@ Usage:
     python scripts/convert_olmo_to_hf.py --input runs/step1000-unsharded --tokenizer tokenizer.json --output models/mine
     make convert RECIPE=demo
 
-Reads   an ai2-olmo checkpoint (config.yaml with model.pt or model.safetensors; OLMo-1 or OLMo-2 style), or a run's folder of
-        stepN-unsharded checkpoints; tokenizer.json or a folder that holds one.
+    python scripts/convert_olmo_to_hf.py --reverse --input models/mine --output runs/mine/step0
+
+Reads   a checkpoint of ai2-olmo (config.yaml with model.pt, model.safetensors or, sharded, model_and_optim/*.distcp; OLMo-1 or OLMo-2
+        style) or of olmo-core (config.json with model_and_optim/; OLMo-2 or OLMo-3 style), or a run's folder of stepN or stepN-unsharded
+        checkpoints; tokenizer.json or a folder that holds one. With --reverse, a Hugging Face folder of an OLMo-2 or OLMo-3.
 Writes  OUTPUT/model-0000k-of-0000n.safetensors and index, config.json, generation_config.json, the tokenizer's files, README.md
         (model card), then OUTPUT/manifest.json, last. Until the comparison is passed all of it stands in OUTPUT/.unverified/.
+        With --reverse, OUTPUT/model_and_optim/ and config.json as olmo-core reads them: weights to go on from, without an optimizer.
 Exit    0 done or up to date; 1 failed: OUTPUT holds nothing new; 2 bad usage; 3 refused, OUTPUT holds another run.
-Needs   CPU only, no network. Writing takes some 330 MB of memory whatever the model's size; the comparison holds the model twice,
-        in float32: --skip-validation leaves it out.
+Needs   CPU only, no network. Writing takes some 330 MB of memory whatever the model's size (--reverse: and two of its tensors); the
+        comparison holds the model twice, in float32, or where that is more than is free, the embeddings and one layer of each twice.
+        --skip-validation leaves it out.
 """
 
 import argparse
@@ -423,8 +439,8 @@ def plan_tensors(model, vocab="keep"):
     if model["core"]:
         names = {"embed": "embeddings", "norm": "lm_head.norm", "head": "lm_head.w_out", "layer": "blocks"}
         block = {f"attention.w_{word}": ([width], {f"self_attn.{word}_proj": rows}) for word, rows in (("q", width), ("k", kv), ("v", kv))}
-        block |= {"attention.w_out": ([width], {"self_attn.o_proj": width}), "feed_forward.w2": ([inner], {"mlp.down_proj": width})}
-        block |= {"feed_forward.w1": ([width], {"mlp.gate_proj": inner}), "feed_forward.w3": ([width], {"mlp.up_proj": inner})}
+        block |= {"attention.w_out": ([width], {"self_attn.o_proj": width}), "feed_forward.w3": ([width], {"mlp.up_proj": inner})}
+        block |= {"feed_forward.w1": ([width], {"mlp.gate_proj": inner}), "feed_forward.w2": ([inner], {"mlp.down_proj": width})}
         norms = {"q": "attention.q_norm", "k": "attention.k_norm", "attention": "attention_norm", "feedforward": "feed_forward_norm"}
     else:
         names = {"embed": "wte", "norm": "ln_f", "head": "ff_out", "layer": "blocks"}
@@ -811,6 +827,16 @@ def read_tensors(path):
     return tensors
 
 
+def finite(tensor, dtype, name):
+    """Return a tensor as `dtype`; SystemExit when it holds NaN or infinity, or would then."""
+    out = tensor.to(dtype)
+    if not all(map(math.isfinite, out.aminmax())):
+        if all(map(math.isfinite, tensor.aminmax())):
+            fail(f"{name} has numbers too large for {dtype_name(dtype)}; use --dtype keep")
+        fail(f"{name} holds NaN or infinity: training had diverged; take an earlier step")
+    return out
+
+
 def write_shard(path, parts, tensors, dtypes, bar):
     """Write one safetensors file in pieces of 32 MB and return its SHA-256; NaN, infinity and overflow end in SystemExit."""
     import torch
@@ -833,11 +859,7 @@ def write_shard(path, parts, tensors, dtypes, bar):
         put(struct.pack("<Q", len(text)) + text)
         for part in parts:
             for piece in pieces(part, tensors[part.source]):
-                out = piece.to(dtypes[part.source])
-                if not all(map(math.isfinite, out.aminmax())):
-                    if all(map(math.isfinite, piece.aminmax())):
-                        fail(f"{part.source} has numbers too large for {dtype_name(out.dtype)}; use --dtype keep")
-                    fail(f"{part.source} holds NaN or infinity: training had diverged; take an earlier step")
+                out = finite(piece, dtypes[part.source], part.source)
                 put(out.view(torch.uint8).reshape(-1).numpy())
     return digest.hexdigest()
 
@@ -862,6 +884,96 @@ def write_model(folder, parts, tensors, dtypes, limit):
 def write_json(path, value):
     with write_atomic(path, "w") as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def core_config(path, tokens):
+    """Return olmo-core's config.json for a Hugging Face folder's; SystemExit names a setting that olmo-core's block does not compute.
+
+    `tokens`: how many ids the tokenizer has. max_position_embeddings becomes the sequence length.
+    """
+    from olmo_core.nn.attention import SlidingWindowAttentionConfig
+    from olmo_core.nn.feed_forward import FeedForwardConfig
+    from olmo_core.nn.transformer import TransformerBlockType, TransformerConfig
+
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config["model_type"] not in ("olmo2", "olmo3"):
+            fail(f"{path}: model_type {config['model_type']}: only olmo2 and olmo3 have a twin in olmo-core")
+        layers, rope = config["num_hidden_layers"], config.get("rope_parameters") or config.get("rope_scaling") or {}
+        ropes = dict(flatten(rope))
+        thetas = {value for name, value in ropes.items() if name.rpartition(".")[2] == "rope_theta"} or {config.get("rope_theta", 10_000)}
+        others = {
+            name: value for name, value in ropes.items() if name.rpartition(".")[2] != "rope_theta" and value not in (None, "default")
+        }
+        ratio = config["hidden_size"] // config["num_attention_heads"]
+        unlike = {"hidden_act": config.get("hidden_act", "silu") != "silu", "attention_bias": config.get("attention_bias")}
+        unlike |= {"rope_parameters": len(thetas) > 1 or others, "head_dim": config.get("head_dim", ratio) not in (None, ratio)}
+        for name, found in unlike.items():
+            if found:
+                fail(f"{path}: `{name}: {config.get(name)}`: olmo-core's {config['model_type']} does not compute that")
+        sliding, width = None, config.get("sliding_window")
+        if config["model_type"] == "olmo3" and width:
+            kinds = config.get("layer_types") or ["full_attention" if n % 4 == 3 else "sliding_attention" for n in range(layers)]
+            pattern = [width if kind == "sliding_attention" else -1 for kind in kinds]
+            whole = {f"force_full_attention_on_{end}_layer": False for end in ("first", "last")}
+            sliding = SlidingWindowAttentionConfig(pattern=pattern, **whole)
+        model = TransformerConfig.llama_like(
+            d_model=config["hidden_size"],
+            vocab_size=config["vocab_size"],
+            n_layers=layers,
+            n_heads=config["num_attention_heads"],
+            n_kv_heads=config.get("num_key_value_heads"),
+            qk_norm=True,
+            layer_norm_eps=config["rms_norm_eps"],
+            rope_theta=int(thetas.pop()),
+            block_name=TransformerBlockType.reordered_norm,
+            feed_forward=FeedForwardConfig(hidden_size=config["intermediate_size"], bias=False),
+            sliding_window=sliding,
+            tie_word_embeddings=bool(config.get("tie_word_embeddings")),
+        )
+        eos = config["eos_token_id"]
+        tokenizer = {"vocab_size": tokens, "eos_token_id": eos[0] if isinstance(eos, list) else eos, "pad_token_id": config["pad_token_id"]}
+        length = config["max_position_embeddings"]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        fail(f"{path}: no settings of an OLMo model ({' '.join(str(error).split())}); name a Hugging Face folder of an OLMo-2 or OLMo-3")
+    return {"model": model.as_config_dict(), "dataset": {"tokenizer": tokenizer, "sequence_length": length}}
+
+
+def write_core(folder, parts, tensors):
+    """Write model_and_optim/ with olmo-core's own writer, which is handed each tensor when it comes to it."""
+    import torch
+    from olmo_core.distributed.checkpoint.filesystem import RemoteFileSystemWriter
+    from torch.distributed import checkpoint
+    from tqdm import tqdm
+
+    sources = {f"model.{part.source}": part.target for part in parts}
+    for embedding, head in TIED.items():  # olmo-core saves tied weights twice
+        if f"model.{embedding}" in sources:
+            sources.setdefault(f"model.{head}", sources[f"model.{embedding}"])
+    bar = tqdm(total=len(sources), unit=" tensors", desc="writing", disable=not sys.stderr.isatty())
+
+    refused = []
+
+    class Planner(checkpoint.DefaultSavePlanner):
+        def lookup_object(self, index):
+            bar.update()
+            tensor = tensors[sources[index.fqn]].rows()
+            try:
+                return finite(tensor, tensor.dtype, sources[index.fqn])
+            except SystemExit as leave:  # the writer would make a traceback of it
+                refused.append(leave)
+                raise
+
+    found = {name: tensors[source] for name, source in sources.items()}
+    empty = {name: torch.empty(one.shape, dtype=getattr(torch, one.dtype), device="meta") for name, one in found.items()}
+    shutil.rmtree(folder / "model_and_optim", ignore_errors=True)  # of a killed run
+    with bar:
+        writer = RemoteFileSystemWriter(folder / "model_and_optim", thread_count=1)
+        try:
+            checkpoint.state_dict_saver.save(empty, storage_writer=writer, planner=Planner(), no_dist=True)
+        except checkpoint.CheckpointException as error:
+            raise refused[0] if refused else OSError(str(error)) from None
+    return {"tensors": len(sources), "parameters": sum(map(count, parts)), "bytes": sum(t.nbytes for t in empty.values())}
 
 
 def tokenizer_paths(path):
@@ -934,6 +1046,25 @@ def check_loads(folder, config, tokenizer):
             fail(f"{folder} reloads with other token ids than tokenizer.json gives for {text[:40]!r}; please report this tokenizer")
     if reloaded.eos_token_id != config["eos_token_id"]:
         fail(f"{folder} reloads with eos id {reloaded.eos_token_id}, not {config['eos_token_id']}; correct special_tokens_map.json")
+
+
+def dtypes_of(parts, tensors, wanted):
+    """Return {tensor of the checkpoint: torch dtype in which it is written}; `wanted`: "keep", or torch's word for one."""
+    import torch
+
+    return {part.source: getattr(torch, tensors[part.source].dtype if wanted == "keep" else wanted) for part in parts}
+
+
+def quiet():
+    """Keep libraries offline, on the CPU, and from speaking about themselves."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}  # all that is loaded lies in the folder; all sums are the CPU's
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+
+
+def peak():
+    """Return the largest memory that this process has held, mapped pages included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def check_packages(native):
@@ -1148,6 +1279,12 @@ def compare(native, call, model, parts, tokenizer, where):
     return figures
 
 
+def prove(config_path, tensors, dtype, folder, streamed, parts, tokenizer):
+    """Load both models, compare them, and return the figures."""
+    native, call = load_native(config_path, tensors, dtypes_of(parts, tensors, dtype), streamed)
+    return compare(native, call, load_hf(folder, streamed), parts, tokenizer, folder) | {"layer_by_layer": streamed}
+
+
 def model_card(config, settings, digests, counts, figures):
     """Return README.md: where the model comes from, its shape, and how far it agrees with the checkpoint."""
     parity = "The logits were not compared with the checkpoint's (`--skip-validation`)."
@@ -1195,7 +1332,7 @@ def build_parser():
         prog="convert_olmo_to_hf.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--input", required=True, metavar="DIR", help="checkpoint folder, or a run's folder of such folders (stepN…)")
-    parser.add_argument("--tokenizer", required=True, metavar="DIR_OR_FILE", help="tokenizer.json, or the folder that holds it")
+    parser.add_argument("--tokenizer", metavar="DIR_OR_FILE", help="tokenizer.json, or the folder that holds it (with --reverse: INPUT)")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the Hugging Face model")
     parser.add_argument("--config", metavar="FILE.yaml", help="recipe: flags as YAML, overruled by the command line")
     parser.add_argument("--step", type=step, default="latest", help="step to take of a run's folder (default: latest)")
@@ -1203,14 +1340,54 @@ def build_parser():
     parser.add_argument("--max-shard-size", type=size, default="4GB", metavar="SIZE", help="largest file of weights (default: 4GB)")
     words = "trim: drop the rows that only pad the vocabulary; pad:N: make it a multiple of N (default: keep)"
     parser.add_argument("--vocab", type=vocab, default="keep", metavar="keep|trim|pad:N", help=words)
+    parser.add_argument("--reverse", action="store_true", help="from a Hugging Face folder (olmo2, olmo3) to an olmo-core checkpoint")
     parser.add_argument("--skip-validation", action=argparse.BooleanOptionalAction, default=False, help="do not compare the logits")
     parser.add_argument("--overwrite", action="store_true", help="put another run's output aside and convert anew")
     return parser
 
 
+def reverse(args):
+    """Write an olmo-core checkpoint from a Hugging Face folder, prove the logits, and give the manifest's figures."""
+    source = Path(args.input)
+    files = sorted(source.glob("model*.safetensors"))
+    if not files or not (source / "config.json").is_file():
+        fail(f"{source}: no Hugging Face folder (config.json, model*.safetensors); without --reverse the script reads OLMo checkpoints")
+    check_packages({"olmo_core": "ai2-olmo-core"})
+    tensors = {name: tensor for path in files for name, tensor in read_tensors(path).items()}
+    tokenizer_files = tokenizer_paths(Path(args.tokenizer or args.input))
+    run = Run("convert", args, [source / "config.json", *files, *tokenizer_files])
+    with unverified(run.output) as folder:
+        quiet()
+        from tokenizers import Tokenizer
+
+        tokens = len(Tokenizer.from_file(str(tokenizer_files[0])).get_vocab())
+        config = core_config(source / "config.json", tokens)
+        model = check_core_settings(config, source / "config.json")
+        tokenizer, _ = read_tokenizer(tokenizer_files, model, model["embedding_size"])
+        parts = plan_tensors(model)
+        check_tensors([Part(part.source, part.target, 0, part.stop, part.shape) for part in parts], tensors, source, "config.json")
+        streamed = not args.skip_validation and must_stream(parts)
+        start = time.time()
+        counts = write_core(folder, parts, tensors)
+        metrics = {"writing": {"seconds": round(time.time() - start, 3), "peak_rss_bytes": peak()}}
+        write_json(folder / "config.json", config)
+        figures = {}
+        if not args.skip_validation:
+            written = read_tensors(folder / "model_and_optim" / ".metadata")
+            figures = prove(folder / "config.json", written, "keep", source, streamed, parts, tokenizer)
+    parity = f"max |Δlogit| {figures['max_abs_logit_difference']:g}" if figures else "logits not compared"
+    run.finish(f"{parity}, olmo-core checkpoint of {source.name}", counts, metrics | figures)
+
+
 def main():
     parser = build_parser()
     args = parser.parse_args(config_argv(parser, sys.argv[1:]))
+    if args.reverse:
+        if (args.dtype, args.vocab, args.step, args.max_shard_size) != ("keep", "keep", "latest", size("4GB")):
+            parser.error("--reverse takes no --dtype, --vocab, --step or --max-shard-size")
+        return reverse(args)
+    if not args.tokenizer:
+        parser.error("the following arguments are required: --tokenizer")
     checkpoint = find_checkpoint(Path(args.input), args.step)
     weights, config_path, tokenizer_files = weights_of(checkpoint), config_of(checkpoint), tokenizer_paths(Path(args.tokenizer))
     module, package = ("olmo_core", "ai2-olmo-core") if config_path.suffix == ".json" else ("olmo", "ai2-olmo")
@@ -1219,11 +1396,7 @@ def main():
     files = list(files_of(weights))
     run = Run("convert", args, [config_path, *files, *tokenizer_files])
     with unverified(run.output) as folder:
-        os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}  # all that is loaded lies in the folder; all sums are the CPU's
-        logging.disable(logging.WARNING)  # of libraries, about themselves
-        warnings.simplefilter("ignore")
-        import torch
-
+        quiet()
         start = time.time()
         model = read_settings(config_path)
         parts = plan_tensors(model, args.vocab)
@@ -1233,11 +1406,10 @@ def main():
         check_tensors(parts, tensors, weights, config_path.name)
         streamed = not args.skip_validation and must_stream(parts)
         hashing.start()
-        dtypes = {part.source: getattr(torch, tensors[part.source].dtype if args.dtype == "keep" else args.dtype) for part in parts}
+        dtypes = dtypes_of(parts, tensors, args.dtype)
         digests, counts = write_model(folder, parts, tensors, dtypes, args.max_shard_size)
         hashing.join()
-        usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        metrics = {"writing": {"seconds": round(time.time() - start, 3), "peak_rss_bytes": usage}}
+        metrics = {"writing": {"seconds": round(time.time() - start, 3), "peak_rss_bytes": peak()}}
         config = hf_config(model, rows, dtype_name(Counter(dtypes.values()).most_common(1)[0][0]))
         write_json(folder / "config.json", config)
         write_json(folder / "generation_config.json", {key: config[key] for key in ("eos_token_id", "pad_token_id")})
@@ -1247,8 +1419,7 @@ def main():
         check_loads(folder, config, tokenizer)
         figures = {}
         if not args.skip_validation:
-            native, call = load_native(config_path, tensors, dtypes, streamed)
-            figures = compare(native, call, load_hf(folder, streamed), parts, tokenizer, folder) | {"layer_by_layer": streamed}
+            figures = prove(config_path, tensors, args.dtype, folder, streamed, parts, tokenizer)
         settings = {"name": Path(args.output).resolve().name, "checkpoint": checkpoint.name, "dtype": args.dtype, "package": package}
         settings |= {"vocab": args.vocab if isinstance(args.vocab, str) else f"pad:{args.vocab}"}
         with write_atomic(folder / "README.md", "w") as file:

@@ -1,6 +1,7 @@
 """Each OLMo variant is written by ai2-olmo's own class, converted, and read back by transformers; each wrong variant is caught."""
 
 import base64
+import copy
 import json
 import os
 import pickle
@@ -136,11 +137,17 @@ def checkpoints(tmp_path_factory):
 
 
 @pytest.fixture
+def reverse(convert):
+    """reverse(folder, output=…): the same from a Hugging Face folder, whose tokenizer is taken."""
+    return lambda folder, output: convert(folder, "--reverse", output=output, tokenizer=None)
+
+
+@pytest.fixture
 def convert(script, monkeypatch, tokenizer, tmp_path, capfd):
     """convert(checkpoint, *flags): main() in this process, which spares the imports; returns exit code, message and output folder."""
 
-    def run(checkpoint, *flags, output=tmp_path / "hf"):
-        words = ["--input", checkpoint, "--tokenizer", tokenizer, "--output", output, *flags]
+    def run(checkpoint, *flags, output=tmp_path / "hf", tokenizer=tokenizer):
+        words = ["--input", checkpoint, *(["--tokenizer", tokenizer] if tokenizer else []), "--output", output, *flags]
         monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, words)])
         code = 0
         try:
@@ -752,6 +759,73 @@ def test_the_latest_core_step_is_taken(convert, checkpoints, tmp_path):
     assert manifest(done.output)["summary"] == "logits not compared, 1 shard of step10"
 
 
+@pytest.mark.parametrize(("family", "dtype"), [("olmo2-gqa", "bfloat16"), ("core-tied", "float32"), ("core-olmo3", "float32")])
+def test_reverse_and_back_gives_the_same_bytes(family, dtype, convert, reverse, checkpoints, tmp_path):
+    """HF folder -> olmo-core, which loads it with its own reader, -> HF folder: byte for byte."""
+    import torch
+    from olmo_core.distributed.checkpoint import load_model_and_optim_state
+    from olmo_core.nn.transformer import TransformerConfig
+
+    folder, native = checkpoints[family]
+    hf = convert(folder, "--dtype", dtype, "--skip-validation", output=tmp_path / "hf").output
+    done = reverse(hf, output=tmp_path / "core")
+    assert done.code == 0, done.message
+    assert manifest(done.output)["metrics"]["max_abs_logit_difference"] == 0
+    back = convert(done.output, "--skip-validation", output=tmp_path / "back")
+    assert back.code == 0, back.message
+    assert files_of(back.output) == files_of(hf)
+    settings = json.loads((done.output / "config.json").read_text())["model"]
+    model = TransformerConfig.from_dict(settings).build(init_device="cpu").eval()
+    load_model_and_optim_state(done.output / "model_and_optim", model)
+    if dtype == "bfloat16":
+        native = copy.deepcopy(native).bfloat16().float()
+    ids = torch.randint(0, VOCABULARY, (2, 100), generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        assert torch.allclose(logits(model, ids), logits(native, ids), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "spoil", "word"),
+    [
+        ("olmo1", lambda folder: None, "model_type olmo: only olmo2 and olmo3"),
+        ("olmo2", lambda folder: change_config(folder, hidden_act="gelu"), "`hidden_act: gelu`"),
+        ("olmo2", lambda folder: change_config(folder, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope_parameters"),
+        ("olmo2", lambda folder: change_weights(folder, lambda w: w.pop("model.norm.weight")), "lacks tensor model.norm.weight"),
+        (
+            "olmo2",
+            lambda folder: change_weights(folder, lambda w: w["model.norm.weight"][:1].fill_(float("nan"))),
+            "model.norm.weight holds NaN",
+        ),
+        ("olmo2", lambda folder: (folder / "model.safetensors").unlink(), "no Hugging Face folder"),
+        ("olmo2", lambda folder: change_config(folder, eos_token_id=7777), "eos_token_id 7777 is none of its 300 tokens"),
+    ],
+)
+def test_reverse_refuses_by_name(family, spoil, word, convert, reverse, checkpoints, tmp_path):
+    folder = convert(checkpoints[family][0], "--skip-validation").output
+    spoil(folder)
+    done = reverse(folder, output=tmp_path / "core")
+    assert done.code == 1
+    assert word in done.message
+    assert not done.output.exists()
+
+
+def test_reverse_passes_the_gate_or_keeps_nothing(convert, reverse, checkpoints, script, monkeypatch, tmp_path):
+    """A checkpoint that was written with another theta is caught."""
+    folder = convert(checkpoints["olmo2"][0], "--skip-validation").output
+    real = script.core_config
+
+    def spoilt(*arguments):
+        config = real(*arguments)
+        config["model"]["block"]["sequence_mixer"]["rope"]["theta"] = 20_000
+        return config
+
+    monkeypatch.setattr(script, "core_config", spoilt)
+    done = reverse(folder, output=tmp_path / "core")
+    assert done.code == 1
+    assert ATTENTION in done.message
+    assert not done.output.exists()
+
+
 def test_overflow_of_the_written_type_is_named(convert, checkpoints, tmp_path):
     shutil.copytree(checkpoints["olmo1"][0], tmp_path / "large")
     state_of(tmp_path / "large", lambda state: state[W][0, 0:1].fill_(3.4e38) and None)  # rounds up to infinity in bfloat16
@@ -978,9 +1052,18 @@ def test_shards_are_filled_in_order(script):
     assert script.shard_names(2)[1] == "model-00002-of-00002.safetensors"
 
 
-@pytest.mark.parametrize("words", [["--dtype", "int8"], ["--max-shard-size", "big"], ["--step", "last"], ["--vocab", "pad"]])
+@pytest.mark.parametrize(
+    "words", [["--dtype", "int8"], ["--max-shard-size", "big"], ["--step", "last"], ["--vocab", "pad"], ["--vocab", "pad:0"]]
+)
 def test_bad_flags_are_usage_errors(words, convert, checkpoints):
     done = convert(checkpoints["olmo1"][0], *words)
     assert done.code == 2
     assert words[1] in done.said
     assert not done.output.exists()
+
+
+def test_reverse_takes_no_flags_of_the_other_direction(convert, checkpoints):
+    done = convert(checkpoints["olmo1"][0], "--reverse", "--dtype", "bfloat16")
+    assert done.code == 2
+    assert "--reverse takes no --dtype" in done.said
+    assert convert(checkpoints["olmo1"][0], tokenizer=None).code == 2
