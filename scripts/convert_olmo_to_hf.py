@@ -715,6 +715,20 @@ class Stored:
             yield self.rows(row, min(row + height, stop))
 
 
+class Made(Stored):
+    """A tensor that is made from stored ones, as a whole, when it is asked for."""
+
+    def __init__(self, shape, dtype, make):
+        super().__init__(shape, dtype, [])
+        self.make = make
+
+    def rows(self, start=0, stop=None):
+        return self.make()[start:stop].contiguous()
+
+    def pieces(self, start=0, stop=None):
+        yield self.rows(start, stop)
+
+
 def decode_key(key):
     """Return a tensor's name from a key of ai2-olmo's model.safetensors: base64 of a pickled ((name,), False), or the plain name."""
     try:
@@ -835,6 +849,80 @@ def finite(tensor, dtype, name):
             fail(f"{name} has numbers too large for {dtype_name(dtype)}; use --dtype keep")
         fail(f"{name} holds NaN or infinity: training had diverged; take an earlier step")
     return out
+
+
+def read_map(path, weights):
+    """Return (config.json, {Hugging Face's name: Stored}) of a torch file, by a YAML map of names; recipes/maps/ has examples.
+
+    Each tensor of the file must be used, named as a twin, or ignored, and each that transformers wants must have the shape that it wants.
+    """
+    import torch
+    import yaml
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def resolve(value):
+        if isinstance(value, dict):
+            return {key: resolve(inner) for key, inner in value.items()}
+        if isinstance(value, str) and value.startswith("#"):
+            return tensors[value[1:]].shape[0]
+        if isinstance(value, str) and value.startswith("$"):
+            name, _, other = value[1:].partition("|")
+            if settings.get(name) is None and not other:
+                raise LookupError(f"there is no setting {name}")
+            return resolve(other if other.startswith("$") else yaml.safe_load(other)) if settings.get(name) is None else settings[name]
+        return value
+
+    try:
+        rules = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_torch(weights)
+        state = content[rules["state"]] if rules.get("state") else content
+        tensors = {name.removeprefix(rules.get("strip") or ""): tensor for name, tensor in state.items() if isinstance(tensor, Stored)}
+        beside = weights.parent / rules["settings"] if rules.get("settings") else None
+        settings = json.loads(beside.read_text(encoding="utf-8")) if beside else content
+        settings = dict(flatten(settings))
+        config = resolve(rules["config"])
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}; --map takes a YAML map of names, --input the torch file")
+    except Exception as error:  # also of a configuration's own kinds
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            fail(f"{weights}: it asks for {code[1]} to be run; nothing was run, do not trust this file")
+        fail(f"{weights}: not what {path} describes ({type(error).__name__}: {' '.join(str(error).split())[:200]}); correct the map")
+    heads = {"q": model.config.num_attention_heads, "k": getattr(model.config, "num_key_value_heads", 0)}
+    groups = {group: rules.get(group) or {} for group in ("tensors", "transposed", "rotary", "zeros")}
+    found, used = {}, set()
+    for name, weight in model.named_parameters():
+        layer = next(iter(re.findall(r"\.(\d+)\.", name)), "")
+        general = re.sub(r"\.\d+\.", ".{}.", name, count=1)
+        group = next((group for group, names in groups.items() if general in names), None)
+        source = groups[group][general].replace("{}", layer) if group else ""
+        if source not in tensors and group != "zeros":
+            fail(f"{weights}: nothing becomes {name}: {source + ' is missing' if group else f'{path} does not name it'}")
+        used.add(source)
+        stored, shape = tensors.get(source), tuple(weight.shape)
+        if stored is None:
+            stored = Made(shape, next(iter(tensors.values())).dtype, lambda shape=shape: torch.zeros(shape))
+        elif group == "transposed":
+            stored = Made(stored.shape[::-1], stored.dtype, lambda stored=stored: stored.rows().t())
+        elif group == "rotary":
+            number = heads[re.search(r"([qk])_proj", name)[1]]
+            stored = Made(
+                stored.shape,
+                stored.dtype,
+                lambda stored=stored, number=number: stored.rows().unflatten(0, (number, -1, 2)).transpose(1, 2).flatten(0, 2),
+            )
+        if stored.shape != shape or stored.dtype not in DTYPES:
+            fail(f"{weights}: {source} is {stored.shape}, {stored.dtype}; transformers wants {name} as {shape}, of {', '.join(DTYPES)}")
+        found[name] = stored
+    for name, twin in (rules.get("same") or {}).items():
+        if name in tensors and not all(a.equal(b) for a, b in zip(tensors[name].pieces(), tensors[twin].pieces(), strict=True)):
+            fail(f"{weights}: {name} differs from {twin}; {path} calls them the same")
+    known = [*(rules.get("ignore") or []), *(rules.get("same") or {})]
+    left = [name for name in tensors if name not in used and re.sub(r"\.\d+\.", ".{}.", name, count=1) not in known]
+    if left:
+        fail(f"{weights}: nothing takes {sorted(left)[0]}; add it to {path}, or to its `ignore`")
+    return config, found
 
 
 def write_shard(path, parts, tensors, dtypes, bar):
@@ -976,6 +1064,15 @@ def write_core(folder, parts, tensors):
     return {"tensors": len(sources), "parameters": sum(map(count, parts)), "bytes": sum(t.nbytes for t in empty.values())}
 
 
+def write_settings(folder, config, files):
+    """Write config.json, generation_config.json and the tokenizer's `files` ({name: bytes})."""
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", {key: config[key] for key in ("eos_token_id", "pad_token_id")})
+    for name, data in files.items():
+        with write_atomic(folder / name) as file:
+            file.write(data)
+
+
 def tokenizer_paths(path):
     """Return the tokenizer's files: tokenizer.json itself, or those of a folder."""
     paths = [path] if path.is_file() else [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
@@ -1030,8 +1127,10 @@ def check_loads(folder, config, tokenizer):
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     loaded, generation = AutoConfig.from_pretrained(folder), GenerationConfig.from_pretrained(folder)
-    thetas = {value for name, value in flatten(loaded.rope_parameters) if name.rpartition(".")[2] == "rope_theta"}
-    values = {key: getattr(loaded, key, None) for key in config} | {"rope_theta": thetas.pop() if len(thetas) == 1 else thetas}
+    rope = getattr(loaded, "rope_parameters", None) if "rope_theta" in config else {"rope_theta": None}
+    thetas = {value for name, value in flatten(rope) if name.rpartition(".")[2] == "rope_theta"}
+    values = {key: getattr(loaded, key, None) for key in config}
+    values |= {"rope_theta": thetas.pop() if len(thetas) == 1 else thetas} if "rope_theta" in config else {}
     values |= {key: dtype_name(values[key]) for key in ("dtype", "torch_dtype")}
     values |= {f"generation {key}": getattr(generation, key) for key in ("eos_token_id", "pad_token_id")}
     for key, value in values.items():
@@ -1287,7 +1386,7 @@ def prove(config_path, tensors, dtype, folder, streamed, parts, tokenizer):
 
 def model_card(config, settings, digests, counts, figures):
     """Return README.md: where the model comes from, its shape, and how far it agrees with the checkpoint."""
-    parity = "The logits were not compared with the checkpoint's (`--skip-validation`)."
+    parity = "The logits were not compared with those of the package that trained the model."
     if figures:
         parity = (
             f"Logits of this folder, read back by transformers, against those of {settings['package']}'s own model with the same "
@@ -1300,7 +1399,7 @@ def model_card(config, settings, digests, counts, figures):
     lines += [f"{config['architectures'][0]}, {counts['parameters']:,} parameters, converted from the {settings['package']} checkpoint"]
     lines += [f"`{settings['checkpoint']}` (weights: SHA-256 {', '.join(f'`{digest}`' for digest in digests)})"]
     lines += [f"with `--dtype {settings['dtype']} --vocab {settings['vocab']}`."]
-    lines += ["", parity, "", "| setting | value |", "|---|---|", *(f"| {key} | {config[key]} |" for key in shape)]
+    lines += ["", parity, "", "| setting | value |", "|---|---|", *(f"| {key} | {config[key]} |" for key in shape if key in config)]
     return "\n".join([*lines, ""])
 
 
@@ -1340,10 +1439,47 @@ def build_parser():
     parser.add_argument("--max-shard-size", type=size, default="4GB", metavar="SIZE", help="largest file of weights (default: 4GB)")
     words = "trim: drop the rows that only pad the vocabulary; pad:N: make it a multiple of N (default: keep)"
     parser.add_argument("--vocab", type=vocab, default="keep", metavar="keep|trim|pad:N", help=words)
+    parser.add_argument("--map", metavar="FILE.yaml", help="INPUT is a torch file whose tensors this map names (recipes/maps/)")
     parser.add_argument("--reverse", action="store_true", help="from a Hugging Face folder (olmo2, olmo3) to an olmo-core checkpoint")
     parser.add_argument("--skip-validation", action=argparse.BooleanOptionalAction, default=False, help="do not compare the logits")
     parser.add_argument("--overwrite", action="store_true", help="put another run's output aside and convert anew")
     return parser
+
+
+def convert_mapped(args):
+    """Write a Hugging Face folder from a torch file by a map of names, and give the manifest's figures; no package has its native model."""
+    weights, tokenizer_files = Path(args.input), tokenizer_paths(Path(args.tokenizer))
+    if not weights.is_file():
+        fail(f"{weights}: no such file; with --map, --input is the torch file itself")
+    check_packages({})
+    beside = [path for path in (weights.parent / "params.json",) if path.is_file()]
+    run = Run("convert", args, [weights, *beside, Path(args.map), *tokenizer_files])
+    with unverified(run.output) as folder:
+        quiet()
+        config, tensors = read_map(Path(args.map), weights)
+        parts = [Part(name, name, 0, tensor.shape[0], tensor.shape) for name, tensor in tensors.items()]
+        dtypes = dtypes_of(parts, tensors, args.dtype)
+        word = dtype_name(Counter(dtypes.values()).most_common(1)[0][0])
+        config |= {"dtype": word, "torch_dtype": word}
+        length = next(config[key] for key in ("max_position_embeddings", "n_positions") if key in config)
+        tokenizer, own = read_tokenizer(tokenizer_files, config | {"max_sequence_length": length}, config["vocab_size"])
+        start = time.time()
+        digests, counts = write_model(folder, parts, tensors, dtypes, args.max_shard_size)
+        metrics = {"writing": {"seconds": round(time.time() - start, 3), "peak_rss_bytes": peak()}}
+        write_settings(folder, config, own)
+        check_loads(folder, config, tokenizer)
+        if not args.skip_validation:
+            load_hf(folder)
+        settings = {
+            "name": Path(args.output).resolve().name,
+            "checkpoint": weights.name,
+            "dtype": args.dtype,
+            "package": Path(args.map).stem,
+        }
+        with write_atomic(folder / "README.md", "w") as file:
+            file.write(model_card(config, settings | {"vocab": "keep"}, [run.sha256(weights)], counts, {}))
+    run.digests |= {str(run.output / name): digest for name, digest in digests.items()}
+    run.finish(f"{counts['tensors']} tensors by {Path(args.map).name}; no native model to compare logits with", counts, metrics)
 
 
 def reverse(args):
@@ -1383,11 +1519,15 @@ def main():
     parser = build_parser()
     args = parser.parse_args(config_argv(parser, sys.argv[1:]))
     if args.reverse:
-        if (args.dtype, args.vocab, args.step, args.max_shard_size) != ("keep", "keep", "latest", size("4GB")):
-            parser.error("--reverse takes no --dtype, --vocab, --step or --max-shard-size")
+        if args.map or (args.dtype, args.vocab, args.step, args.max_shard_size) != ("keep", "keep", "latest", size("4GB")):
+            parser.error("--reverse takes no --map, --dtype, --vocab, --step or --max-shard-size")
         return reverse(args)
     if not args.tokenizer:
         parser.error("the following arguments are required: --tokenizer")
+    if args.map:
+        if (args.vocab, args.step) != ("keep", "latest"):
+            parser.error("--map takes no --vocab or --step")
+        return convert_mapped(args)
     checkpoint = find_checkpoint(Path(args.input), args.step)
     weights, config_path, tokenizer_files = weights_of(checkpoint), config_of(checkpoint), tokenizer_paths(Path(args.tokenizer))
     module, package = ("olmo_core", "ai2-olmo-core") if config_path.suffix == ".json" else ("olmo", "ai2-olmo")
@@ -1411,11 +1551,7 @@ def main():
         hashing.join()
         metrics = {"writing": {"seconds": round(time.time() - start, 3), "peak_rss_bytes": peak()}}
         config = hf_config(model, rows, dtype_name(Counter(dtypes.values()).most_common(1)[0][0]))
-        write_json(folder / "config.json", config)
-        write_json(folder / "generation_config.json", {key: config[key] for key in ("eos_token_id", "pad_token_id")})
-        for name, data in own.items():
-            with write_atomic(folder / name) as file:
-                file.write(data)
+        write_settings(folder, config, own)
         check_loads(folder, config, tokenizer)
         figures = {}
         if not args.skip_validation:

@@ -1067,3 +1067,170 @@ def test_reverse_takes_no_flags_of_the_other_direction(convert, checkpoints):
     assert done.code == 2
     assert "--reverse takes no --dtype" in done.said
     assert convert(checkpoints["olmo1"][0], tokenizer=None).code == 2
+
+
+def norm(x, weights, name):
+    """RMSNorm with the weight of that name."""
+    return x * (x.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * weights[f"{name}.weight"]
+
+
+def attend(q, k, v):
+    """Causal attention of (batch, tokens, heads, width); fewer heads of keys are repeated."""
+    import torch
+
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+    scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), float("-inf"))
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v).flatten(2)
+
+
+def llama_logits(w, ids, heads=4, kv=2, layers=2, theta=10_000):
+    """A Llama whose rotary pairs are neighbouring numbers, taken as complex ones, from its parts' definitions."""
+    import torch
+
+    x = w["tok_embeddings.weight"][ids]
+    width = x.shape[-1] // heads
+    angles = torch.outer(torch.arange(ids.shape[1]).float(), theta ** (-torch.arange(0, width, 2).float() / width))
+    turn = torch.polar(torch.ones_like(angles), angles)[None, :, None]
+
+    def turned(y):
+        return torch.view_as_real(torch.view_as_complex(y.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
+
+    for n in range(layers):
+        h = norm(x, w, f"layers.{n}.attention_norm")
+        q, k, v = (
+            (h @ w[f"layers.{n}.attention.w{p}.weight"].T).unflatten(-1, (number, width))
+            for p, number in (("q", heads), ("k", kv), ("v", kv))
+        )
+        x = x + attend(turned(q), turned(k), v) @ w[f"layers.{n}.attention.wo.weight"].T
+        h = norm(x, w, f"layers.{n}.ffn_norm")
+        gate, up = (h @ w[f"layers.{n}.feed_forward.w{p}.weight"].T for p in (1, 3))
+        x = x + (torch.nn.functional.silu(gate) * up) @ w[f"layers.{n}.feed_forward.w2.weight"].T
+    return norm(x, w, "norm") @ w["output.weight"].T
+
+
+def gpt_logits(w, ids, heads=4, layers=2):
+    """GPT-2 with the exact GELU; a missing bias is none."""
+    from torch.nn.functional import gelu, layer_norm
+
+    def apply(x, name):
+        y = x @ w[f"{name}.weight"].T
+        return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
+
+    def normed(x, name):
+        return layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w.get(f"{name}.bias"))
+
+    x = w["transformer.wte.weight"][ids] + w["transformer.wpe.weight"][: ids.shape[1]]
+    for n in range(layers):
+        h = f"transformer.h.{n}"
+        parts = apply(normed(x, f"{h}.ln_1"), f"{h}.attn.c_attn").chunk(3, -1)
+        x = x + apply(attend(*(part.unflatten(-1, (heads, -1)) for part in parts)), f"{h}.attn.c_proj")
+        x = x + apply(gelu(apply(normed(x, f"{h}.ln_2"), f"{h}.mlp.c_fc")), f"{h}.mlp.c_proj")
+    return normed(x, "transformer.ln_f") @ w["transformer.wte.weight"].T
+
+
+def save_mapped(folder, family):
+    """Write a random torch file of another family; return (path, weights, the family's logits)."""
+    import torch
+
+    torch.manual_seed(1)
+    folder.mkdir()
+    if family == "llama":
+        shapes = {"tok_embeddings": (384, 64), "norm": (64,), "output": (384, 64)}
+        for n in range(2):
+            shapes |= {f"layers.{n}.attention.w{p}": (rows, 64) for p, rows in (("q", 64), ("k", 32), ("v", 32), ("o", 64))}
+            shapes |= {f"layers.{n}.feed_forward.w{p}": shape for p, shape in ((1, (96, 64)), (2, (64, 96)), (3, (96, 64)))}
+            shapes |= {f"layers.{n}.attention_norm": (64,), f"layers.{n}.ffn_norm": (64,)}
+        weights = {f"{name}.weight": torch.randn(shape) * 0.2 for name, shape in shapes.items()}
+        (folder / "params.json").write_text('{"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 1e-5, "vocab_size": -1}')
+        torch.save(weights | {"rope.freqs": torch.ones(8)}, folder / "consolidated.00.pth")
+        return folder / "consolidated.00.pth", weights, llama_logits
+    shapes = {"wte.weight": (384, 64), "wpe.weight": (128, 64), "ln_f.weight": (64,)}
+    for n in range(2):
+        matrices = {"attn.c_attn": (192, 64), "attn.c_proj": (64, 64), "mlp.c_fc": (256, 64), "mlp.c_proj": (64, 256)}
+        shapes |= {f"h.{n}.{name}.weight": shape for name, shape in (matrices | {"ln_1": (64,), "ln_2": (64,)}).items()}
+    if family == "nanogpt-biased":
+        shapes |= {name.replace("weight", "bias"): shape[:1] for name, shape in shapes.items() if "h." in name or "ln_f" in name}
+    weights = {f"transformer.{name}": torch.randn(shape) * 0.2 for name, shape in shapes.items()}
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    state = {f"_orig_mod.{name}": weight for name, weight in weights.items()}
+    settings = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 128, "vocab_size": 384, "bias": "biased" in family}
+    moments = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1e-3, "params": [0]}]}
+    content = {"model": state, "model_args": settings, "optimizer": moments, "iter_num": 9, "best_val_loss": torch.tensor(2.5)}
+    torch.save(content, folder / "ckpt.pt")
+    return folder / "ckpt.pt", weights, gpt_logits
+
+
+def change_map(folder, family, change):
+    """Return a copy of the family's map, its stop token that of the tests' tokenizer."""
+    rules = yaml.safe_load((ROOT / "recipes" / "maps" / f"{family.partition('-')[0]}.yaml").read_text())
+    rules["config"] |= {"bos_token_id": None, "eos_token_id": EOS, "pad_token_id": PAD, "vocab_size": rules["config"]["vocab_size"]}
+    change(rules)
+    (folder / "map.yaml").write_text(yaml.safe_dump(rules))
+    return folder / "map.yaml"
+
+
+@pytest.mark.parametrize("family", ["nanogpt", "nanogpt-biased", "llama"])
+def test_other_families_by_a_map_of_names(family, convert, tmp_path):
+    """The written model computes what the family's own definition gives for the file's tensors."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    path, weights, native = save_mapped(tmp_path / "checkpoint", family)
+    done = convert(path, "--map", change_map(tmp_path, family, lambda rules: None), "--max-shard-size", "200kB")
+    assert done.code == 0, done.message
+    model = AutoModelForCausalLM.from_pretrained(done.output)
+    ids = torch.randint(0, 384, (2, 100), generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        found, wanted = model(ids).logits, native(weights, ids)
+    assert wanted.std() > 0.3
+    assert torch.allclose(found, wanted, atol=2e-4 * wanted.abs().max())
+    assert "no native model to compare logits with" in manifest(done.output)["summary"]
+
+
+MAP_FAULTS = {
+    "missing": ("llama", lambda w, r: w.pop("norm.weight"), "nothing becomes model.norm.weight: norm.weight is missing"),
+    "unnamed": ("llama", lambda w, r: r["tensors"].pop("model.norm.weight"), "nothing becomes model.norm.weight"),
+    "left-over": ("llama", lambda w, r: w.update(extra=w["norm.weight"]), "nothing takes extra"),
+    "shape": ("nanogpt", lambda w, r: r["config"].update(n_embd=32), "transformers wants"),
+    "layers": ("llama", lambda w, r: r["config"].update(num_hidden_layers=1), "nothing takes layers.1."),
+    "untied": (
+        "nanogpt",
+        lambda w, r: w.update({"lm_head.weight": w["lm_head.weight"] + 1}),
+        "lm_head.weight differs from transformer.wte",
+    ),
+    "no-setting": ("llama", lambda w, r: r["config"].update(hidden_size="$width"), "correct the map"),
+    "no-such-type": ("llama", lambda w, r: r["config"].update(model_type="nothing"), "correct the map"),
+}
+
+
+@pytest.mark.parametrize("name", MAP_FAULTS)
+def test_a_map_that_does_not_fit_is_refused_by_name(name, convert, tmp_path):
+    import torch
+
+    family, spoil, word = MAP_FAULTS[name]
+    path, weights, _ = save_mapped(tmp_path / "checkpoint", family)
+
+    def change(rules):
+        spoil(weights, rules)
+        rules.pop("strip", None)
+
+    rules = change_map(tmp_path, family, change)
+    torch.save({"model": weights, "model_args": torch.load(path)["model_args"]} if family == "nanogpt" else weights, path)
+    done = convert(path, "--map", rules)
+    assert done.code == 1
+    assert word in done.message
+    assert "\n" not in done.message.strip()
+    assert not done.output.exists()
+
+
+def test_a_hostile_torch_file_is_not_run_by_a_map(convert, tmp_path):
+    import torch
+
+    (tmp_path / "params.json").write_text("{}")
+    torch.save({"norm.weight": Evil(tmp_path / "was-run")}, tmp_path / "consolidated.00.pth")
+    done = convert(tmp_path / "consolidated.00.pth", "--map", ROOT / "recipes" / "maps" / "llama.yaml")
+    assert done.code == 1
+    assert "mkdir to be run" in done.message
+    assert not (tmp_path / "was-run").exists()
+    assert not done.output.exists()
