@@ -773,13 +773,14 @@ def read_torch(path, offset=0, length=None):
 
         def tensor(storage, start, shape, stride, *rest):
             _, dtype, key, _, _ = storage
-            at, numbers = entries[f"data/{key}"].header_offset, math.prod(shape)
+            record, numbers = entries[f"data/{key}"], math.prod(shape)
+            at = record.header_offset
             at += 30 + sum(struct.unpack_from("<HH", view, at + 26))  # behind the record's own header
             dense = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
             if any(a != b for a, b, n in zip(stride, dense, shape, strict=True) if n > 1) and numbers:
                 dtype = "transposed"
-            elif entries[f"data/{key}"].file_size < (start + numbers) * BYTES[dtype]:
-                raise ValueError("a tensor is larger than its storage")
+            elif record.compress_type != zipfile.ZIP_STORED or record.file_size < (start + numbers) * BYTES[dtype]:
+                raise ValueError("a tensor is larger than its storage, or compressed")
             start *= BYTES.get(dtype, 0)
             return Stored(shape, dtype, [Chunk(path, offset - before + at + start, (0,) * len(shape), tuple(shape))])
 
@@ -889,7 +890,7 @@ def read_map(path, weights):
         if code := re.search(r"GLOBAL (\S+)", str(error)):
             fail(f"{weights}: it asks for {code[1]} to be run; nothing was run, do not trust this file")
         fail(f"{weights}: not what {path} describes ({type(error).__name__}: {' '.join(str(error).split())[:200]}); correct the map")
-    heads = {"q": model.config.num_attention_heads, "k": getattr(model.config, "num_key_value_heads", 0)}
+    heads = {"q": getattr(model.config, "num_attention_heads", 0), "k": getattr(model.config, "num_key_value_heads", 0)}
     groups = {group: rules.get(group) or {} for group in ("tensors", "transposed", "rotary", "zeros")}
     found, used = {}, set()
     for name, weight in model.named_parameters():
@@ -1039,7 +1040,6 @@ def write_core(folder, parts, tensors):
         if f"model.{embedding}" in sources:
             sources.setdefault(f"model.{head}", sources[f"model.{embedding}"])
     bar = tqdm(total=len(sources), unit=" tensors", desc="writing", disable=not sys.stderr.isatty())
-
     refused = []
 
     class Planner(checkpoint.DefaultSavePlanner):
@@ -1060,7 +1060,7 @@ def write_core(folder, parts, tensors):
         try:
             checkpoint.state_dict_saver.save(empty, storage_writer=writer, planner=Planner(), no_dist=True)
         except checkpoint.CheckpointException as error:
-            raise refused[0] if refused else OSError(str(error)) from None
+            raise refused[0] if refused else OSError(str(error).strip().splitlines()[-1]) from None
     return {"tensors": len(sources), "parameters": sum(map(count, parts)), "bytes": sum(t.nbytes for t in empty.values())}
 
 
@@ -1440,7 +1440,8 @@ def build_parser():
     words = "trim: drop the rows that only pad the vocabulary; pad:N: make it a multiple of N (default: keep)"
     parser.add_argument("--vocab", type=vocab, default="keep", metavar="keep|trim|pad:N", help=words)
     parser.add_argument("--map", metavar="FILE.yaml", help="INPUT is a torch file whose tensors this map names (recipes/maps/)")
-    parser.add_argument("--reverse", action="store_true", help="from a Hugging Face folder (olmo2, olmo3) to an olmo-core checkpoint")
+    words = "from a Hugging Face folder (olmo2, olmo3) to an olmo-core checkpoint"
+    parser.add_argument("--reverse", action=argparse.BooleanOptionalAction, default=False, help=words)
     parser.add_argument("--skip-validation", action=argparse.BooleanOptionalAction, default=False, help="do not compare the logits")
     parser.add_argument("--overwrite", action="store_true", help="put another run's output aside and convert anew")
     return parser

@@ -1043,6 +1043,25 @@ def test_sizes(script):
             script.size(text)
 
 
+def test_rows_are_put_together_from_blocks(script, tmp_path):
+    """A tensor that was cut in both dimensions, its blocks at odd places of two files, is read in any range of rows."""
+    import torch
+
+    whole = torch.arange(5 * 7, dtype=torch.float32).view(5, 7)
+    chunks = []
+    for number, (rows, columns) in enumerate([((0, 3), (0, 4)), ((0, 3), (4, 7)), ((3, 5), (0, 4)), ((3, 5), (4, 7))]):
+        path, block = tmp_path / f"{number % 2}.distcp", whole[slice(*rows), slice(*columns)]
+        with open(path, "ab") as file:
+            file.write(b"odd")
+            chunks.append(script.Chunk(path, file.tell(), (rows[0], columns[0]), tuple(block.shape)))
+            file.write(block.contiguous().numpy().tobytes())
+    stored = script.Stored(whole.shape, "float32", chunks)
+    for start in range(5):
+        for stop in range(start + 1, 6):
+            assert torch.equal(stored.rows(start, stop), whole[start:stop])
+    assert torch.equal(torch.cat(list(stored.pieces(1, 5))), whole[1:])
+
+
 def test_shards_are_filled_in_order(script):
     parts = [script.Part(f"t{k}", f"s{k}", 0, rows, (rows, 10)) for k, rows in enumerate([3, 3, 4, 9, 1, 1])]
     sizes = {part.target: 4 * script.count(part) for part in parts}
