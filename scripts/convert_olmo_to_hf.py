@@ -4,6 +4,7 @@
 # dependencies = [
 #   "ai2-olmo==0.6.0",
 #   "ai2-olmo-core>=3",
+#   "deepspeed>=0.19",
 #   "pyyaml>=6",
 #   "tokenizers>=0.22",
 #   "torch>=2.6",
@@ -14,24 +15,25 @@
 # [tool.uv]
 # override-dependencies = ["ai2-olmo-core==3.0.0"]
 # ///
-"""Convert an OLMo checkpoint to a Hugging Face folder, and prove that both give the same logits.
+"""Convert a training checkpoint to a Hugging Face folder, and prove that both give the same logits.
 
 Usage:
     python scripts/convert_olmo_to_hf.py --input runs/step1000-unsharded --tokenizer tokenizer.json --output models/mine
     make convert RECIPE=demo
-
     python scripts/convert_olmo_to_hf.py --reverse --input models/mine --output runs/mine/step0
+    python scripts/convert_olmo_to_hf.py --map recipes/maps/nanogpt.yaml --input out/ckpt.pt --tokenizer tokenizer.json --output models/gpt
 
 Reads   a checkpoint of ai2-olmo (config.yaml with model.pt, model.safetensors or, sharded, model_and_optim/*.distcp; OLMo-1 or OLMo-2
-        style) or of olmo-core (config.json with model_and_optim/; OLMo-2 or OLMo-3 style), or a run's folder of stepN or stepN-unsharded
-        checkpoints; tokenizer.json or a folder that holds one. With --reverse, a Hugging Face folder of an OLMo-2 or OLMo-3.
+        style), of olmo-core (config.json with model_and_optim/; OLMo-2 or OLMo-3 style) or of DeepSpeed's ZeRO (checkpoint-N with
+        `latest` and config.json), or a run's folder of stepN, stepN-unsharded or checkpoint-N; tokenizer.json or a folder that holds
+        one. With --map, a torch file. With --reverse, a Hugging Face folder of an OLMo-2 or OLMo-3.
 Writes  OUTPUT/model-0000k-of-0000n.safetensors and index, config.json, generation_config.json, the tokenizer's files, README.md
         (model card), then OUTPUT/manifest.json, last. Until the comparison is passed all of it stands in OUTPUT/.unverified/.
         With --reverse, OUTPUT/model_and_optim/ and config.json as olmo-core reads them: weights to go on from, without an optimizer.
 Exit    0 done or up to date; 1 failed: OUTPUT holds nothing new; 2 bad usage; 3 refused, OUTPUT holds another run.
-Needs   CPU only, no network. Writing takes some 330 MB of memory whatever the model's size (--reverse: and two of its tensors); the
-        comparison holds the model twice, in float32, or where that is more than is free, the embeddings and one layer of each twice.
-        --skip-validation leaves it out.
+Needs   CPU only, no network. Writing takes some 340 MB of memory whatever the model's size; --reverse 0.8 GB and two of its tensors,
+        DeepSpeed's own tool the whole model. The comparison holds the model twice, in float32, or where that is more than is free,
+        the embeddings and one layer of each model of the OLMo packages; --skip-validation leaves it out.
 """
 
 import argparse
@@ -141,6 +143,10 @@ CORE_IDLE |= {"embedding_init_std", "freeze_params", "dropout", "use_recompute_q
 
 NO_WEIGHTS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, ImportError, struct.error)
 NO_WEIGHTS += (pickle.UnpicklingError, zipfile.BadZipFile)  # what a file that holds something else can make its reader raise
+# What DeepSpeed's checkpoints hold beside tensors and plain values
+DEEPSPEED = {("torch", "Tensor"), ("torch._tensor", "_rebuild_from_type_v2"), ("torch", "device"), ("torch", "dtype")}
+DEEPSPEED |= {("deepspeed.runtime.fp16.loss_scaler", name) for name in ("LossScaler", "DynamicLossScaler")}
+DEEPSPEED |= {("deepspeed.runtime.zero.config", "ZeroStageEnum"), ("deepspeed.utils.tensor_fragment", "fragment_address")}
 TIED = {"transformer.wte.weight": "transformer.ff_out.weight", "embeddings.weight": "lm_head.w_out.weight"}
 
 Part = namedtuple("Part", "target source start stop shape")  # rows start:stop of tensor `source` of `shape` become tensor `target`
@@ -760,9 +766,10 @@ class View(mmap.mmap):
         return True
 
 
-def read_torch(path, offset=0, length=None):
+def read_torch(path, offset=0, length=None, more=()):
     """Return what torch.save() wrote to bytes offset:offset+length of a file, a Stored in place of each tensor; no code of it is run.
 
+    `more`: (module, name) of classes whose objects become Records.
     Format: a zip archive that holds data.pkl and, uncompressed, one record for each storage that the pickle names.
     """
     length = path.stat().st_size - offset if length is None else length
@@ -787,6 +794,7 @@ def read_torch(path, offset=0, length=None):
         known = {("collections", "OrderedDict"): OrderedDict, ("torch._utils", "_rebuild_tensor_v2"): tensor, ("torch", "Size"): tuple}
         known |= {("torch._utils", "_rebuild_parameter"): lambda data, *rest: data}
         known |= {("torch", f"{word}Storage"): name for word, name in STORAGES.items()}
+        known |= dict.fromkeys(more, Record)
         return Plain(io.BytesIO(archive.read(entries["data.pkl"])), known).load()
 
 
@@ -924,6 +932,54 @@ def read_map(path, weights):
     if left:
         fail(f"{weights}: nothing takes {sorted(left)[0]}; add it to {path}, or to its `ignore`")
     return config, found
+
+
+def find_deepspeed(root, wanted):
+    """Return the folder of a DeepSpeed checkpoint (its file `latest` names a folder of states): `root`, or the checkpoint-N in it."""
+    if (root / "latest").is_file() or not root.is_dir():
+        return root if (root / "latest").is_file() else None
+    steps = {int(path.parent.name[11:]): path.parent for path in root.glob("checkpoint-*/latest") if path.parent.name[11:].isdigit()}
+    if steps and wanted != "latest" and wanted not in steps:
+        fail(f"{root}: no checkpoint of step {wanted}; steps there: {sorted(steps)}")
+    return steps.get(max(steps, default=None) if wanted == "latest" else wanted)
+
+
+def read_deepspeed(folder):
+    """Return (config.json, {Hugging Face's name: Stored}) of a ZeRO checkpoint, put together by DeepSpeed's own tool, in float32.
+
+    That tool runs the code of pickles, so each file is read without it first, and refused where it asks for any but DeepSpeed's own.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    states = folder / (folder / "latest").read_text(encoding="utf-8").strip()
+    try:
+        path = states
+        for path in sorted(states.glob("*_states.pt")):
+            read_torch(path, more=DEEPSPEED)
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        path = states
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            state = get_fp32_state_dict_from_zero_checkpoint(str(folder), lazy_mode=True)
+        path = folder / "config.json"
+        config = {key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if key != "transformers_version"}
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    except Exception as error:  # of DeepSpeed, of transformers
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            fail(f"{path}: it asks for {code[1]} to be run; nothing was run, do not trust this file")
+        fail(f"{path}: not a whole DeepSpeed checkpoint ({' '.join(str(error).split())[:200]}); copy it again or take another step")
+    config = {"architectures": [type(model).__name__]} | {key: value for key, value in config.items() if not key.startswith("_")}
+    wanted = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    for name, shape in wanted.items():
+        found = tuple(state[name].shape) if name in state else None
+        if found != shape:
+            what = "is missing" if found is None else "is an empty piece of ZeRO-3" if 0 in found else f"is {found}"
+            fail(f"{states}: {name} {what}; config.json makes it {shape}: save the checkpoint anew, or take its own config.json")
+    if left := state.keys() - wanted.keys() - model.state_dict().keys():
+        fail(f"{states}: nothing takes {sorted(left)[0]}; config.json is not this model's")
+    return config, {name: Made(shape, "float32", lambda name=name: state[name].contiguous().float()) for name, shape in wanted.items()}
 
 
 def write_shard(path, parts, tensors, dtypes, bar):
@@ -1447,40 +1503,75 @@ def build_parser():
     return parser
 
 
-def convert_mapped(args):
-    """Write a Hugging Face folder from a torch file by a map of names, and give the manifest's figures; no package has its native model."""
-    weights, tokenizer_files = Path(args.input), tokenizer_paths(Path(args.tokenizer))
-    if not weights.is_file():
-        fail(f"{weights}: no such file; with --map, --input is the torch file itself")
-    check_packages({})
-    beside = [path for path in (weights.parent / "params.json",) if path.is_file()]
-    run = Run("convert", args, [weights, *beside, Path(args.map), *tokenizer_files])
+def convert_named(args, inputs, read, source):
+    """Write a Hugging Face folder from read() -> (config.json, tensors under Hugging Face's names), and give the manifest's figures.
+
+    No package but transformers has a native model of them: its logits with the tensors as they were read are compared with the folder's.
+    """
+    import torch
+
+    tokenizer_files = tokenizer_paths(Path(args.tokenizer))
+    run = Run("convert", args, [*inputs, *tokenizer_files])
     with unverified(run.output) as folder:
         quiet()
-        config, tensors = read_map(Path(args.map), weights)
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config, tensors = read()
         parts = [Part(name, name, 0, tensor.shape[0], tensor.shape) for name, tensor in tensors.items()]
         dtypes = dtypes_of(parts, tensors, args.dtype)
         word = dtype_name(Counter(dtypes.values()).most_common(1)[0][0])
-        config |= {"dtype": word, "torch_dtype": word}
-        length = next(config[key] for key in ("max_position_embeddings", "n_positions") if key in config)
+        eos = config.get("eos_token_id")
+        eos = eos[0] if isinstance(eos, list) else eos
+        pad = eos if config.get("pad_token_id") is None else config["pad_token_id"]
+        config |= {"dtype": word, "torch_dtype": word, "eos_token_id": eos, "pad_token_id": pad}
+        length = next((config[key] for key in ("max_position_embeddings", "n_positions") if key in config), ROW)
         tokenizer, own = read_tokenizer(tokenizer_files, config | {"max_sequence_length": length}, config["vocab_size"])
         start = time.time()
         digests, counts = write_model(folder, parts, tensors, dtypes, args.max_shard_size)
         metrics = {"writing": {"seconds": round(time.time() - start, 3), "peak_rss_bytes": peak()}}
         write_settings(folder, config, own)
         check_loads(folder, config, tokenizer)
+        figures = {}
         if not args.skip_validation:
-            load_hf(folder)
-        settings = {
-            "name": Path(args.output).resolve().name,
-            "checkpoint": weights.name,
-            "dtype": args.dtype,
-            "package": Path(args.map).stem,
-        }
+            with torch.device("meta"):
+                native = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+            native = native.to_empty(device="cpu")
+            native.tie_weights()
+            written = load_hf(folder)
+            for name, buffer in written.named_buffers():
+                native.get_buffer(name).copy_(buffer)
+            with torch.no_grad():
+                for name, weight in native.named_parameters():
+                    weight.copy_(tensors[name].rows().to(dtypes[name]))
+            modules = [part for part in parts if part.target.endswith(".weight")]
+            call = functools.partial(native.eval(), logits_to_keep=ROW)
+            figures = compare(native, lambda ids: call(ids).logits, written, modules, tokenizer, folder)
+        settings = {"name": Path(args.output).resolve().name, "checkpoint": source, "dtype": args.dtype, "package": "transformers"}
         with write_atomic(folder / "README.md", "w") as file:
-            file.write(model_card(config, settings | {"vocab": "keep"}, [run.sha256(weights)], counts, {}))
+            digest = [run.sha256(path) for path in inputs if path.suffix in (".pt", ".pth")]
+            file.write(model_card(config, settings | {"vocab": "keep"}, digest, counts, figures))
     run.digests |= {str(run.output / name): digest for name, digest in digests.items()}
-    run.finish(f"{counts['tensors']} tensors by {Path(args.map).name}; no native model to compare logits with", counts, metrics)
+    parity = f"max |Δlogit| {figures['max_abs_logit_difference']:g}" if figures else "logits not compared"
+    run.finish(f"{parity}, {counts['shards']} shard{'s' if counts['shards'] > 1 else ''} of {source}", counts, metrics | figures)
+
+
+def convert_mapped(args):
+    """Convert a torch file by a map of names."""
+    weights = Path(args.input)
+    if not weights.is_file():
+        fail(f"{weights}: no such file; with --map, --input is the torch file itself")
+    check_packages({})
+    beside = [path for path in (weights.parent / "params.json",) if path.is_file()]
+    convert_named(args, [weights, *beside, Path(args.map)], lambda: read_map(Path(args.map), weights), weights.name)
+
+
+def convert_deepspeed(args, folder):
+    """Convert a checkpoint of DeepSpeed's ZeRO, with the config.json that the Trainer saves beside it."""
+    check_packages({"deepspeed": "deepspeed"})
+    files = sorted(folder.glob("*/*_states.pt"))
+    if not files or not (folder / "config.json").is_file():
+        fail(f"{folder}: {'config.json is' if files else 'the files *_states.pt of DeepSpeed are'} missing; copy the checkpoint again")
+    convert_named(args, [folder / "config.json", *files], lambda: read_deepspeed(folder), folder.name)
 
 
 def reverse(args):
@@ -1529,6 +1620,10 @@ def main():
         if (args.vocab, args.step) != ("keep", "latest"):
             parser.error("--map takes no --vocab or --step")
         return convert_mapped(args)
+    if folder := find_deepspeed(Path(args.input), args.step):
+        if args.vocab != "keep":
+            parser.error("a DeepSpeed checkpoint takes no --vocab")
+        return convert_deepspeed(args, folder)
     checkpoint = find_checkpoint(Path(args.input), args.step)
     weights, config_path, tokenizer_files = weights_of(checkpoint), config_of(checkpoint), tokenizer_paths(Path(args.tokenizer))
     module, package = ("olmo_core", "ai2-olmo-core") if config_path.suffix == ".json" else ("olmo", "ai2-olmo")

@@ -1204,7 +1204,7 @@ def test_other_families_by_a_map_of_names(family, convert, tmp_path):
         found, wanted = model(ids).logits, native(weights, ids)
     assert wanted.std() > 0.3
     assert torch.allclose(found, wanted, atol=2e-4 * wanted.abs().max())
-    assert "no native model to compare logits with" in manifest(done.output)["summary"]
+    assert manifest(done.output)["metrics"]["max_abs_logit_difference"] == 0
 
 
 MAP_FAULTS = {
@@ -1253,3 +1253,122 @@ def test_a_hostile_torch_file_is_not_run_by_a_map(convert, tmp_path):
     assert "mkdir to be run" in done.message
     assert not (tmp_path / "was-run").exists()
     assert not done.output.exists()
+
+
+ZERO = """
+import os, sys
+from pathlib import Path
+
+target, rank = Path(sys.argv[1]), sys.argv[2]
+os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[3]}
+os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+import deepspeed, torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+deepspeed.init_distributed("gloo")
+sizes = dict(vocab_size=384, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+sizes |= dict(max_position_embeddings=128, bos_token_id=None, eos_token_id=0, pad_token_id=1, tie_word_embeddings=True)
+config = AutoConfig.for_model("olmo2", **sizes)
+for stage in (2, 3):
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config)
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
+    settings["zero_force_ds_cpu_optimizer"] = False
+    engine = deepspeed.initialize(model=model, config=settings, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2))[0]
+    ids = torch.arange(32)[None]
+    engine.backward(engine(input_ids=ids, labels=ids).loss)
+    engine.step()
+    engine.save_checkpoint(str(target / f"zero{stage}" / "checkpoint-1"), tag="global_step1")
+    config.save_pretrained(target / f"zero{stage}" / "checkpoint-1")
+    with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
+        if rank == "0":
+            torch.save({name: weight.detach().clone() for name, weight in model.named_parameters()}, target / f"trained{stage}.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def zero(tmp_path_factory):
+    """A folder with a checkpoint of ZeRO-2 and one of ZeRO-3, of two processes, and the weights that both had then."""
+    import socket
+
+    target = tmp_path_factory.mktemp("zero")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    command = [sys.executable, "-c", ZERO, str(target)]
+    ranks = [
+        subprocess.Popen([*command, rank, port], env=clean_environment(), stderr=subprocess.PIPE, stdout=2, text=True) for rank in "01"
+    ]
+    for rank in ranks:
+        said = rank.communicate(timeout=300)[1]
+        assert rank.returncode == 0, said
+    return target
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_checkpoints(stage, zero, convert):
+    """The pieces of two processes are the model that they trained, and the written folder computes what it computes."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    done = convert(zero / f"zero{stage}", "--max-shard-size", "100kB")
+    assert done.code == 0, done.message
+    state = torch.load(zero / f"trained{stage}.pt")
+    model = AutoModelForCausalLM.from_pretrained(done.output)
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, state[name]), name
+    record = manifest(done.output)
+    assert record["metrics"]["max_abs_logit_difference"] == 0
+    assert record["metrics"]["argmax_agreement"] == 1
+    assert record["summary"].endswith("shards of checkpoint-1")
+
+
+def zero_file(folder, kind="optim"):
+    return sorted(folder.glob(f"global_step1/*rank_1*{kind}_states.pt"))[0]
+
+
+def hostile_zero(folder):
+    import torch
+
+    torch.save({"module": Evil(folder / "was-run")}, zero_file(folder))
+
+
+def empty_piece(folder):
+    """The shape of a weight in the model states becomes that of ZeRO-3's placeholder."""
+    import torch
+
+    for path in folder.glob("global_step1/*model_states.pt"):
+        content = torch.load(path, weights_only=False)
+        shapes = content["param_shapes"][0]
+        first, second = list(shapes)[:2]
+        shapes[second] = torch.Size([shapes[second].numel() + shapes[first].numel()])
+        shapes[first] = torch.Size([0])
+        torch.save(content, path)
+
+
+BAD_ZERO = {
+    "missing": (lambda f: zero_file(f).unlink(), ["global_step1: not a whole DeepSpeed checkpoint", "Expected 2"]),
+    "cut": (lambda f: zero_file(f).write_bytes(zero_file(f).read_bytes()[:5000]), ["optim_states.pt: not a whole DeepSpeed checkpoint"]),
+    "hostile": (hostile_zero, ["mkdir to be run", "nothing was run"]),
+    "no-config": (lambda f: (f / "config.json").unlink(), ["config.json is missing"]),
+    "no-states": (lambda f: shutil.rmtree(f / "global_step1"), ["*_states.pt of DeepSpeed are missing"]),
+    "wider": (lambda f: change_config(f, intermediate_size=128), ["mlp.gate_proj.weight is (96, 64)"]),
+    "deeper": (lambda f: change_config(f, num_hidden_layers=3), ["model.layers.2.", "is missing"]),
+    "shallower": (lambda f: change_config(f, num_hidden_layers=1), ["nothing takes model.layers.1."]),
+    "empty": (empty_piece, ["is an empty piece of ZeRO-3"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ZERO)
+def test_a_bad_deepspeed_checkpoint_is_refused_by_name(name, zero, convert, tmp_path):
+    spoil, words = BAD_ZERO[name]
+    folder = tmp_path / "checkpoint-1"
+    shutil.copytree(zero / "zero3" / "checkpoint-1", folder)
+    spoil(folder)
+    done = convert(folder)
+    assert done.code == 1
+    for word in words:
+        assert word in done.message
+    assert "\n" not in done.message.strip()
+    assert not done.output.exists()
+    assert not (folder / "was-run").exists()
