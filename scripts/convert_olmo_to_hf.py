@@ -957,10 +957,10 @@ def read_deepspeed(folder):
         path = states
         for path in sorted(states.glob("*_states.pt")):
             read_torch(path, more=DEEPSPEED)
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
         path = states
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it speaks on both
+            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
             state = get_fp32_state_dict_from_zero_checkpoint(str(folder), lazy_mode=True)
         path = folder / "config.json"
         config = {key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if key != "transformers_version"}
@@ -1231,22 +1231,27 @@ def check_packages(native):
             fail(f"package {package} is missing in {sys.prefix}; install it{remedy}")
 
 
-def must_stream(parts):
-    """Return whether both models are too large for this machine in float32, and must be compared layer by layer.
+def check_memory(needed):
+    """Leave before anything is written when the comparison needs more memory than is free."""
+    if needed > free_memory():
+        needed, free = (f"{number / 1e9:.1f} GB" for number in (needed, free_memory()))
+        fail(f"the comparison of the logits needs {needed} of memory and {free} are free; --skip-validation leaves it out")
 
-    SystemExit before anything is written when two layers and the embeddings are too large as well.
-    """
+
+def free_memory():
+    """Return the bytes that can be had without swapping; without limit where Linux does not say."""
+    with contextlib.suppress(OSError):
+        return 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
+    return math.inf
+
+
+def must_stream(parts):
+    """Return whether both models are too large for this machine in float32, and must be compared layer by layer."""
     layers = Counter()
     for part in parts:
         layers[".".join(part.target.split(".")[:3]) if part.target.startswith("model.layers.") else ""] += count(part)
-    least, whole = 8 * (layers.pop("") + max(layers.values())), 8 * sum(map(count, parts))
-    with contextlib.suppress(OSError):
-        available = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
-        if least > available:
-            needed, free = (f"{number / 1e9:.1f} GB" for number in (least, available))
-            fail(f"the comparison of the logits needs {needed} of memory and {free} are free; --skip-validation leaves it out")
-        return whole > available
-    return False
+    check_memory(8 * (layers.pop("") + max(layers.values())))
+    return 8 * sum(map(count, parts)) > free_memory()
 
 
 def fill(model, layers, read, streamed):
@@ -1526,6 +1531,8 @@ def convert_named(args, inputs, read, source):
         config |= {"dtype": word, "torch_dtype": word, "eos_token_id": eos, "pad_token_id": pad}
         length = next((config[key] for key in ("max_position_embeddings", "n_positions") if key in config), ROW)
         tokenizer, own = read_tokenizer(tokenizer_files, config | {"max_sequence_length": length}, config["vocab_size"])
+        if not args.skip_validation:
+            check_memory(8 * sum(map(count, parts)))
         start = time.time()
         digests, counts = write_model(folder, parts, tensors, dtypes, args.max_shard_size)
         metrics = {"writing": {"seconds": round(time.time() - start, 3), "peak_rss_bytes": peak()}}
