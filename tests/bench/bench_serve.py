@@ -12,7 +12,7 @@ Usage:
 
 The bare server's command is what `serve_vllm.py --dry-run` prints. A pair is `vllm bench serve` through both, the same prompts for both and
 others in the next pair; which of them leads alternates. On a CPU both stay up meanwhile; GPUs hold one of them, so there each is started
-for its run. Then each mode of MODES is served alone and measured three times; one that does not start is a row that says why. Beside busy
+for its run. Then each mode of MODES is served alone and measured three times; one that fails is a row that says why. Beside busy
 neighbours a server's CPU seconds tell more than the clock.
 
 Reads   MODEL and RECIPE as serve_vllm.py does.
@@ -48,7 +48,7 @@ MODES |= {"compiled, all three": (EXPORTS, ["-O2"], False), "all three, by serve
 
 
 class Failed(Exception):
-    """A server did not start; the message says why."""
+    """A server did not start, or did not answer; the message says why."""
 
 
 @contextlib.contextmanager
@@ -109,7 +109,7 @@ class Bench:
         return shlex.split(answer.stdout)
 
     def measure(self, pid, port, seed):
-        """Return the figures of one `vllm bench serve` with the server `pid`; SystemExit when a request failed."""
+        """Return the figures of one `vllm bench serve` with the server `pid`; raises Failed when a request failed."""
         args, result = self.args, self.folder / "result.json"
         words = [Path(sys.executable).with_name("vllm"), "bench", "serve", "--backend", "openai", "--base-url", f"http://127.0.0.1:{port}"]
         words += ["--model", NAME, "--tokenizer", args.model, "--dataset-name", "random", "--seed", seed, "--temperature", 0]
@@ -122,7 +122,9 @@ class Bench:
         spent = cpu_seconds(pid) - begun
         figures = json.loads(result.read_text()) if result.exists() else {"failed": "all"}
         if answer.returncode or figures["failed"]:
-            raise SystemExit(f"bench_serve: {figures['failed']} requests of `vllm bench serve` failed: {answer.stderr[-2000:]}")
+            raise Failed(
+                f"{figures['failed']} requests of `vllm bench serve` failed: {answer.stderr.strip().rpartition(chr(10))[2][-200:]}"
+            )
         return {name: figures.get(key, spent) for name, key in FIGURES.items()}
 
     def pairs(self):
@@ -171,7 +173,7 @@ def report(pairs, modes):
     if modes:
         print(f"| mode | start s | {' | '.join(FIGURES)} |\n|---|---|{'---|' * len(FIGURES)}")
         for name, row in modes.items():
-            cells = [f"does not start: {row['failed']}", *[""] * len(FIGURES)] if "failed" in row else [f"{x:.1f}" for x in row.values()]
+            cells = [f"fails: {row['failed']}", *[""] * len(FIGURES)] if "failed" in row else [f"{x:.1f}" for x in row.values()]
             print(f"| {name} | {' | '.join(cells)} |")
 
 
@@ -205,7 +207,7 @@ def main():
         try:
             pairs = bench.pairs()
         except Failed as error:
-            raise SystemExit(f"bench_serve: a server of a pair did not start: {error}") from None
+            raise SystemExit(f"bench_serve: a server of a pair failed: {error}") from None
         modes = {}
         for name in args.modes:
             modes[name] = bench.mode(name)
