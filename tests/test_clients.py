@@ -119,10 +119,10 @@ def test_a_talk_in_a_terminal(server, tmp_path, run_script):
     terminal.type("/undo\r", "took back: 中文是什么")
     terminal.type("What is the capital of Spain?\r", "the first after .*> ")
     terminal.type("/retry\r", "the first after .*> ")
-    terminal.type("/save\r", "holds 1 talks")
+    terminal.type("/save\r", "holds 1 talks.*> ")
     terminal.type("\x03", "Ctrl-D ends the talk")
     terminal.type('/reset\r"""\rTwo\rlines\r"""\r', "the first after .*> ")
-    terminal.type("/save\r", "holds 2 talks")
+    terminal.type("/save\r", "holds 2 talks.*> ")  # a control key before the prompt would be the terminal's
     os.write(terminal.master, b"\x04")
     assert terminal.process.wait(30) == 0
     first, second = (json.loads(line) for line in output.read_text(encoding="utf-8").splitlines())
