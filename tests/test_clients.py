@@ -100,6 +100,10 @@ class Terminal:
         os.write(self.master, text.encode())
         return self.until(pattern)
 
+    def pause(self):
+        """Wait as a person does before a control key: just before readline reads, Python notes it only at the next key."""
+        time.sleep(1)
+
 
 @pytest.mark.slow
 def test_a_talk_in_a_terminal(server, tmp_path, run_script):
@@ -120,9 +124,11 @@ def test_a_talk_in_a_terminal(server, tmp_path, run_script):
     terminal.type("What is the capital of Spain?\r", "the first after .*> ")
     terminal.type("/retry\r", "the first after .*> ")
     terminal.type("/save\r", "holds 1 talks.*> ")
+    terminal.pause()
     terminal.type("\x03", "Ctrl-D ends the talk")
     terminal.type('/reset\r"""\rTwo\rlines\r"""\r', "the first after .*> ")
-    terminal.type("/save\r", "holds 2 talks.*> ")  # a control key before the prompt would be the terminal's
+    terminal.type("/save\r", "holds 2 talks.*> ")
+    terminal.pause()
     os.write(terminal.master, b"\x04")
     assert terminal.process.wait(30) == 0
     first, second = (json.loads(line) for line in output.read_text(encoding="utf-8").splitlines())
