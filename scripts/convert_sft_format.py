@@ -1090,13 +1090,13 @@ def convert(raw, form, target, source, names=None, pairs="keep"):
     """
     try:
         table = not isinstance(raw, bytes)
-        row = raw if table else parse(raw) if names else loads(raw)
-        row = rename(row, names) if names else row
+        value = raw if table else parse(raw) if names else loads(raw)
+        row = rename(value, names) if names else value
         row = unpack(row, form) if table else row
         if made := quick(None if names or table else raw, row, form, target, source):
             return [made]
         talk, notes = read(row if names or table else parse(raw), form)
-        notes += [] if table else rounded(raw, loads(raw))
+        notes += [] if table else rounded(raw, value)
         check(talk)
         check_values(talk)
         made = []

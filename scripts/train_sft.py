@@ -1170,13 +1170,14 @@ def main():
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # it makes every start compile all imports anew
     try:
         nodes, rank, endpoint = find_nodes(args)
-        model = args.model = args.model or read_yaml(path).get("base_model")
+        words = read_yaml(path)
+        model = args.model = args.model or words.get("base_model")
         if not model:
             raise ValueError("no base_model; name the model there, or by --model")
         if not args.dry_run:
             if not data.exists():
                 fail(f"{data}: no such file or folder; convert conversations by convert_sft_format.py first")
-            fetch(model, read_yaml(path))
+            fetch(model, words)
         os.environ["TQDM_DISABLE"] = "1"  # in libraries and Axolotl's processes, whose progress is shown here
         with QUIET:
             import torch
