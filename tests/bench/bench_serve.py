@@ -11,9 +11,10 @@ Usage:
     make bench-serve RECIPE=demo
 
 The bare server's command is what `serve_vllm.py --dry-run` prints. A pair is `vllm bench serve` through both, the same prompts for both and
-others in the next pair; which of them leads alternates. On a CPU both stay up meanwhile; GPUs hold one of them, so there each is started
-for its run. Then each mode of MODES is served alone and measured three times; one that fails is a row that says why. Beside busy
-neighbours a server's CPU seconds tell more than the clock.
+others in the next pair; which of them leads alternates. On a CPU both stay up for half of the pairs and are then started anew in the other
+order, since two instances of one command can differ; GPUs hold one of them, so there each is started for its run. Then each mode of MODES
+is served alone and measured three times; one that fails is a row that says why. Beside busy neighbours a server's CPU seconds tell more
+than the clock.
 
 Reads   MODEL and RECIPE as serve_vllm.py does.
 Writes  two tables on stdout, or one JSON object with --json; nothing else: logs go to a temporary folder.
@@ -129,19 +130,19 @@ class Bench:
 
     def pairs(self):
         """Return [{"bare": figures, "ours": figures}, …], one for each pair."""
-        ports, pairs = {"bare": self.args.port, "ours": self.args.port + 1}, []
+        ports, pairs, half = {"bare": self.args.port, "ours": self.args.port + 1}, [], (self.args.pairs + 1) // 2
         bare = self.bare(ports["bare"])
         on_gpus = "--tensor-parallel-size" in bare
         with contextlib.ExitStack() as stack:
             up = {}
             for seed in range(self.args.pairs):
                 pairs.append({})
-                for name in ("bare", "ours") if seed % 2 else ("ours", "bare"):
+                for name in ("bare", "ours") if (seed + (seed >= half)) % 2 else ("ours", "bare"):
                     if name not in up:
                         command = bare if name == "bare" else self.words(ports[name])
                         up[name], _ = stack.enter_context(served(command, ports[name], self.folder / f"{name}.log"))
                     pairs[-1][name] = self.measure(up[name], ports[name], seed)
-                    if on_gpus:
+                    if on_gpus or (seed == half - 1 and len(pairs[-1]) == 2):
                         stack.close()
                         up.clear()
                 print(f"bench_serve: pair {seed + 1} of {self.args.pairs}: {pairs[-1]}", file=sys.stderr)
@@ -186,7 +187,7 @@ def build_parser():
     add("--recipe", metavar="FILE.yaml", help="of serve_vllm.py")
     add("--gpus", metavar="IDS", help="as nvidia-smi shows them, e.g. 6,7")
     add("--port", type=int, default=8051, help="this one and the next are used (default: 8051)")
-    add("--pairs", type=int, default=7, metavar="N", help="pairs of runs (default: %(default)s)")
+    add("--pairs", type=int, default=8, metavar="N", help="pairs of runs (default: %(default)s)")
     add("--modes", nargs="*", choices=MODES, default=list(MODES), metavar="MODE", help=f"of: {'; '.join(MODES)} (default: all)")
     add("--requests", type=int, default=32, metavar="N", help="of each run (default: %(default)s)")
     add("--concurrency", type=int, default=8, metavar="N", help="requests at a time (default: %(default)s)")
