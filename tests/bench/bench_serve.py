@@ -25,6 +25,7 @@ Needs   the environment of serve_vllm.py, PORT and the one after it; on two CPU 
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import shlex
@@ -160,17 +161,22 @@ class Bench:
         return {"start s": seconds} | {figure: statistics.median(run[figure] for run in runs) for figure in FIGURES}
 
 
+def mean_ratio(pairs, figure):
+    """Return the geometric mean of ours to bare."""
+    return statistics.geometric_mean(pair["ours"][figure] / pair["bare"][figure] for pair in pairs)
+
+
 def report(pairs, modes):
     """Print both tables."""
     if pairs:
-        ratios = {figure: [pair["ours"][figure] / pair["bare"][figure] for pair in pairs] for figure in FIGURES}
+        half = (len(pairs) + 1) // 2
         print(f"| median of {len(pairs)} pairs | {' | '.join(FIGURES)} |\n|---|{'---|' * len(FIGURES)}")
         for name, label in {"bare": "bare `vllm serve`", "ours": "`serve_vllm.py`"}.items():
             middle = [f"{statistics.median(pair[name][figure] for pair in pairs):.1f}" for figure in FIGURES]
             print(f"| {label} | {' | '.join(middle)} |")
-        print(f"| ratio within a pair | {' | '.join(f'{statistics.median(found):.3f}' for found in ratios.values())} |")
-        spread = [statistics.quantiles(found, n=4, method="inclusive") if len(found) > 1 else found * 3 for found in ratios.values()]
-        print(f"| its quartiles | {' | '.join(f'{low:.3f}–{high:.3f}' for low, _, high in spread)} |\n")
+        means = [[mean_ratio(part, figure) for part in (pairs[:half], pairs[half:] or pairs)] for figure in FIGURES]
+        print(f"| mean ratio within a pair | {' | '.join(f'{math.sqrt(first * second):.3f}' for first, second in means)} |")
+        print(f"| of each half of the pairs | {' | '.join(f'{first:.3f}, {second:.3f}' for first, second in means)} |\n")
     if modes:
         print(f"| mode | start s | {' | '.join(FIGURES)} |\n|---|---|{'---|' * len(FIGURES)}")
         for name, row in modes.items():
