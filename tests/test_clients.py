@@ -47,7 +47,9 @@ def server(tmp_path_factory, run_script):
     log = folder / "serve.log"
     with open(log, "w") as file:
         command = [sys.executable, "scripts/serve_vllm.py", *map(str, words)]
-        process = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stdout=subprocess.PIPE, stderr=file, text=True)
+        # By default oneDNN keeps the kernels of 1,024 shapes of batches, hundreds of MB, which look like a leak until they are all there
+        env = clean_environment() | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=file, text=True)
     assert process.stdout.readline() == f"http://127.0.0.1:{port}/v1\n", log.read_text()
 
     def metrics():
@@ -334,7 +336,4 @@ def test_two_hundred_streams_and_clients_who_leave(server):
     assert wait_until(lambda: not server.busy(), 60)
     assert wait_until(lambda: holdings(server.process)[0] == before, 30), (before, holdings(server.process)[0])
     grown = {name: size - memory[name] for name, size in holdings(server.process)[1].items()}
-    # The worker's heap grows with the first requests, about 0.15 MB each; it holds tensors alone, no clients or requests
-    worker = grown.pop("VLLM::Worker")
-    assert sum(grown.values()) < 32 << 20, grown
-    assert worker < 384 << 20, worker
+    assert sum(grown.values()) < 96 << 20, grown
