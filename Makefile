@@ -12,7 +12,7 @@ RECIPE ?= demo
 GPUS ?=
 ## for sft, sft-gen and serve, in place of the recipe's: folder or hub name
 MODEL ?=
-## pretraining engine: olmo, or hf (transformers + DeepSpeed)
+## pretraining engine: olmo (its recipe: ai2-olmo or olmo-core), or hf
 ENGINE ?= olmo
 ## question for ask; empty: standard input
 Q ?=
@@ -49,7 +49,7 @@ newer = $(if $(shell find -L $(call named,$(1)) -newer $(call done,$(1)) -print 
 run = @echo "== $(notdir $(@D))" >&2; $(PYTHON) scripts/$(1) --config $(R)/$(notdir $(@D)).yaml --output $(@D) --overwrite
 
 .PHONY: FORCE help setup demo all table serve ask pretrain sft-preview eval eval-kb patch bench-sft-data bench-sft test lint lock snippets
-.PHONY: tidy doctor clean-text dedup tokenizer tokens convert serve-pretrained base-model sft-data sft-gen sft kb serve-up serve-status
+.PHONY: pretrain-plan tidy doctor clean-text dedup tokenizer tokens convert serve-pretrained base-model sft-data sft-gen sft kb serve-up serve-status
 .PHONY: serve-logs serve-down talk bench-serve
 
 help:
@@ -83,10 +83,14 @@ $(call done,tokens): $(R)/tokens.yaml $(call done,dedup) $(call done,tokenizer) 
 	$(call run,tokenize_corpus.py) --input $(OUT)/dedup --tokenizer $(OUT)/tokenizer
 
 pretrain: $(call done,$(if $(filter hf,$(ENGINE)),pretrain-hf,pretrain)) ## tokens -> a language model, by ENGINE
-$(call done,pretrain): $(R)/pretrain.yaml $(call done,tokens) | $(ENVIRONMENT)
-	$(call run,pretrain_olmo.py) --input $(OUT)/tokens --tokenizer $(OUT)/tokenizer
+# A recipe that mixes folders of tokens names them, and their tokenizer
+$(call done,pretrain): $(R)/pretrain.yaml $(if $(call named,pretrain),$(call newer,pretrain),$(call done,tokens)) | $(ENVIRONMENT)
+	$(call run,pretrain_olmo.py) $(if $(call named,pretrain),,--input $(OUT)/tokens --tokenizer $(OUT)/tokenizer)
 $(call done,pretrain-hf): $(R)/pretrain-hf.yaml $(call done,tokens) | $(ENVIRONMENT)
 	$(call run,pretrain_hf.py) --input $(OUT)/tokens --tokenizer $(OUT)/tokenizer
+pretrain-plan: $(R)/pretrain.yaml | $(ENVIRONMENT) ## what pretraining will take: parameters, memory a GPU, hours, cost
+	@$(PYTHON) scripts/pretrain_olmo.py --config $< --dry-run --output $(OUT)/pretrain \
+	  $(if $(call named,pretrain),,--input $(OUT)/tokens --tokenizer $(OUT)/tokenizer)
 
 convert: $(call done,convert) ## OLMo checkpoint -> Hugging Face folder, logits compared
 $(call done,convert): $(R)/convert.yaml $(call done,pretrain) | $(ENVIRONMENT)
