@@ -11,7 +11,7 @@
 Usage:
     python scripts/pretrain_olmo.py --config recipes/demo/pretrain.yaml --input TOKENS --tokenizer TOKENIZER --output /tmp/model
     make pretrain RECIPE=olmo2-1b ENGINE=olmo-core
-    python scripts/pretrain_olmo.py --config recipes/olmo2-1b/pretrain.yaml --input WEB BOOKS --weights 0.7 0.3 --dry-run --machine 64xH100 …
+    python scripts/pretrain_olmo.py --config recipes/olmo2-1b/pretrain.yaml --input WEB BOOKS --weights 0.7 0.3 --dry-run …
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 scripts/pretrain_olmo.py …
     srun --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 python scripts/pretrain_olmo.py …
 
@@ -33,6 +33,7 @@ import collections
 import contextlib
 import csv
 import ctypes
+import functools
 import gzip
 import hashlib
 import importlib.metadata
@@ -66,7 +67,7 @@ ARCHITECTURES = {
 CHECKPOINTS = {"olmo": "-unsharded", "olmo-core": ""}  # what follows stepN
 PROMPT, SAMPLE = 24, 48  # tokens of held-out text that are continued, and of the continuation
 PATTERN = 10_000  # places of a mixture in which each source has its share
-RECENT, ENOUGH = 64, 8  # losses that a jump is measured against, and how many there must be
+RECENT = 8  # steps; a loss is compared with the lowest mean of so many
 COLUMNS = ("step", "tokens", "loss", "z_loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", "held_out_loss", "bits_per_byte")
 # Dense bf16 TFLOP/s and GB of the makers' data sheets; the first name that is part of the device's counts
 GPUS = {"B200": (2250, 180), "H200": (989, 141), "H100": (989, 80), "H800": (989, 80), "H20": (148, 96), "GH200": (989, 96)}
@@ -262,7 +263,7 @@ class Sequences:
 def shuffled(numbers, size, key):
     """Return where the permutation `key` (a list of ints) of range(size) takes `numbers`.
 
-    It is computed, not stored: a Feistel network on the next even number of bits, walked on where it leads outside (Black and Rogaway 2002).
+    It is computed, not stored: a Feistel network on an even number of bits, walked on where it leads outside (Black and Rogaway 2002).
     """
     half = np.uint64(max(1, (int(size - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -380,7 +381,7 @@ def make_plan(args, vocabulary, processes, local, peak=None):
     norms = 3 * width + kv if args.architecture == "olmo2" else 0
     embedding = rows * width
     parameters = args.n_layers * (block + norms) + (width if norms else 0) + embedding * (1 if args.tie_weights else 2)
-    flops = 6 * (args.n_layers * block + embedding) + 12 * args.n_layers * width * args.sequence_length
+    flops = 6 * (args.n_layers * block + embedding) + 6 * args.n_layers * width * args.sequence_length  # attention: causal, so the half
     half_precision, sharded = args.precision == "amp_bf16", {"ddp": 1, "fsdp": processes, "hsdp": local}[args.distributed]
     states = 16 * parameters / sharded
     if sharded > 1:
@@ -390,7 +391,7 @@ def make_plan(args, vocabulary, processes, local, peak=None):
     states += 2 * parameters if half_precision and sharded == 1 else 0  # autocast's copy of the weights
     tokens = args.micro_batch_size * args.sequence_length
     saved = tokens * args.n_layers * (12 * width + 4 * half) * (2 if half_precision else 4)
-    logits = tokens * rows * (10 if half_precision else 8)
+    logits = tokens * rows * (4 if args.compile else 10 if half_precision else 12)  # compiled, the loss is fused
     seen = args.steps * args.global_batch_size * args.sequence_length
     plan = {"engine": args.engine, "parameters": parameters, "steps": args.steps, "tokens": seen, "flops_per_token": flops}
     plan |= {"processes": processes, "memory_bytes": round(states + saved + logits)}
@@ -563,7 +564,7 @@ class Recorder:
         self.flops = make_plan(args, self.tokens["vocab_size"], 1, 1)["flops_per_token"]
         self.peak, self.batch_tokens = peak and peak * self.processes, args.global_batch_size * args.sequence_length
         self.evaluations, self.rates, self.files, self.wandb = [], [], {}, None
-        self.recent, self.clock = collections.deque(maxlen=RECENT), time.perf_counter()
+        self.recent, self.lowest, self.clock = collections.deque(maxlen=RECENT), math.inf, time.perf_counter()
 
     def begin(self, step):
         """Start after `step`: rows after it, which a stopped run wrote and its checkpoint does not know, are dropped."""
@@ -572,13 +573,12 @@ class Recorder:
         if self.rank == 0:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 path = self.folder / name
-                with write_atomic(path.with_name(f".{name}.kept"), "w") as file:
+                with write_atomic(path, "w") as file:
                     for line in open(path, encoding="utf-8") if path.exists() else ():
                         row = json.loads(line) if line.endswith("}\n") else {"step": math.inf}  # the last one may have been cut
                         if row["step"] <= step:
                             file.write(line)
                             self.note(row)
-                os.replace(path.with_name(f".{name}.kept"), path)
                 self.files[name] = open(path, "a", encoding="utf-8", buffering=1)
             if self.args.wandb:
                 import wandb
@@ -587,11 +587,11 @@ class Recorder:
                 identity = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:16]
                 settings = {"project": self.args.wandb, "dir": self.folder / ".wandb", "config": vars(self.args)}
                 self.wandb = wandb.init(name=self.folder.name, id=identity, resume="allow", **settings)
-        known = [list(self.recent), [row["step"] for row in self.evaluations]]
+        known = [list(self.recent), self.lowest, [row["step"] for row in self.evaluations]]
         dist.broadcast_object_list(known)
-        self.recent.extend(known[0] if self.rank else ())
+        self.recent, self.lowest = collections.deque(known[0], RECENT), known[1]
         self.bar = tqdm(total=self.args.steps, initial=step, unit="step", disable=self.rank > 0 or not sys.stderr.isatty())
-        if (step % self.args.eval_every == 0 or step >= self.args.steps) and step not in known[1]:
+        if (step % self.args.eval_every == 0 or step >= self.args.steps) and step not in known[2]:
             self.evaluate(step)
         self.clock = time.perf_counter()
 
@@ -600,6 +600,8 @@ class Recorder:
             self.evaluations.append(row)
         elif "loss" in row:
             self.recent.append(row["loss"])
+            if len(self.recent) == RECENT:
+                self.lowest = min(self.lowest, sum(self.recent) / RECENT)
             self.rates.append(row["tokens_per_second"])
 
     def write(self, row):
@@ -610,7 +612,7 @@ class Recorder:
                 self.wandb.log({name: row[name] for name in COLUMNS if name in row}, step=row["step"])
 
     def check(self, step, loss, z_loss=None):
-        """Take this process's losses of a batch, before its update; in all processes alike, stop where they are no number or have jumped."""
+        """Take this process's losses of a batch, before its update; in all processes alike, stop where they have jumped."""
         import torch
         import torch.distributed as dist
 
@@ -618,11 +620,10 @@ class Recorder:
         dist.all_reduce(sums)
         self.loss, z = (sums / self.processes).tolist()
         self.z_loss = None if z_loss is None else z
-        usual = sum(self.recent) / len(self.recent) if len(self.recent) >= ENOUGH else math.inf
         if not math.isfinite(self.loss):
             self.stop(step, "the loss is no number")
-        if self.args.spike and self.loss > usual + self.args.spike:
-            self.stop(step, f"the loss jumped to {self.loss:.2f} from {usual:.2f}, the mean of the {len(self.recent)} steps before,")
+        if self.args.spike and self.loss > self.lowest + self.args.spike:
+            self.stop(step, f"the loss jumped to {self.loss:.2f}, from {self.lowest:.2f} in the best {RECENT} steps,")
 
     def stop(self, step, what):
         """Write suspects.jsonl, the documents of the batch, the sequence of the highest loss first, and leave, in every process."""
@@ -687,7 +688,9 @@ class Recorder:
         micro = self.args.micro_batch_size
         for name, part in self.parts.items():
             count, total = min(part.rows, share), torch.zeros(1, dtype=torch.double)
-            for first in range(self.rank * micro, math.ceil(count / micro / self.processes) * micro * self.processes, micro * self.processes):
+            for first in range(
+                self.rank * micro, math.ceil(count / micro / self.processes) * micro * self.processes, micro * self.processes
+            ):
                 rows = range(first, min(first + micro, count))  # may be empty in the last round, in which all take part
                 losses = self.losses(part.read(rows or [0]))
                 total += losses.sum().cpu() if rows else 0
@@ -702,7 +705,9 @@ class Recorder:
         if self.rank == 0:
             self.files["samples.jsonl"].writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
             speed = f", {self.rates[-1]:,} tokens/s" if self.rates else ""
-            tqdm.write(f"step {step}: held-out loss {row['held_out_loss']:.3f}, {row['bits_per_byte']:.3f} bits/byte{speed}", file=sys.stderr)
+            tqdm.write(
+                f"step {step}: held-out loss {row['held_out_loss']:.3f}, {row['bits_per_byte']:.3f} bits/byte{speed}", file=sys.stderr
+            )
         self.clock = time.perf_counter()
 
     def continuations(self, step):
@@ -808,9 +813,6 @@ def train_olmo(args, tokens, recorder):
         def get_lr(self, initial_lr, step, max_steps):
             return learning_rate(args, step)
 
-    def whole(loss, *more, z_loss_multiplier=args.z_loss, **kwargs):  # Trainer leaves the multiplier at 1e-4
-        return cross_entropy_loss(loss, *more, z_loss_multiplier=z_loss_multiplier, **kwargs)
-
     class RecordingTrainer(Trainer):
         stopped = False
 
@@ -878,7 +880,7 @@ def train_olmo(args, tokens, recorder):
         train_loader=torch.utils.data.DataLoader(Steps(), batch_size=None, pin_memory=device.type == "cuda"),
         device=device,
         evaluators=[],
-        loss_fn=whole,
+        loss_fn=functools.partial(cross_entropy_loss, z_loss_multiplier=args.z_loss),  # Trainer leaves the multiplier at 1e-4
     )
     newest = newest_checkpoint(args.output, args.engine)
     if newest:
@@ -894,6 +896,7 @@ def train_olmo(args, tokens, recorder):
 
 def train_core(args, tokens, recorder):
     """Train with olmo-core; return (the last step, parameters)."""
+    logging.disable(logging.WARNING)  # kernels of GPUs that are not here, which the packages look for as they are imported
     import torch
     from olmo_core.config import DType
     from olmo_core.data import DataLoaderBase
@@ -906,6 +909,7 @@ def train_core(args, tokens, recorder):
     from olmo_core.utils import seed_all
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
+    logging.disable(logging.NOTSET)
     logging.getLogger("olmo_core").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", message="called a synchronizing CUDA operation")  # the Trainer has CUDA warn of what check() must do
     device, processes = recorder.device, recorder.processes
@@ -1160,7 +1164,7 @@ def build_parser():
     add("--weight-decay", type=float, default=0.1, metavar="X", help="default: 0.1; embeddings have none")
     add("--z-loss", type=float, default=1e-5, metavar="X", help="weight of the squared log of the softmax's sum (default: 1e-5)")
     add("--clip", type=float, default=1.0, metavar="X", help="largest norm of the gradient (default: 1.0)")
-    add("--spike", type=float, default=1.0, metavar="X", help=f"nats above the mean of {RECENT} steps that stop the run; 0: none (default: 1)")
+    add("--spike", type=float, default=1.0, metavar="X", help=f"nats above the best {RECENT} steps that stop the run; 0: none (default: 1)")
     add("--skip-batches", nargs="+", type=int, default=[], metavar="N", help="leave these out: a run stopped by its loss goes on without")
     add("--precision", choices=("fp32", "amp_bf16"), default="amp_bf16", help="of the forward and backward pass (default: amp_bf16)")
     add("--eval-every", type=int, default=1000, metavar="N", help="steps (default: 1000)")
@@ -1168,7 +1172,9 @@ def build_parser():
     add("--save-every", type=int, default=1000, metavar="N", help="steps (default: 1000)")
     add("--keep", type=int, default=2, metavar="N", help="checkpoints (default: 2)")
     add("--seed", type=int, default=1, metavar="N", help="of weights, data order and samples (default: 1)")
-    add("--distributed", choices=("ddp", "fsdp", "hsdp"), default="ddp", help="fsdp shards the model over all processes, hsdp over a node's")
+    add(
+        "--distributed", choices=("ddp", "fsdp", "hsdp"), default="ddp", help="fsdp shards the model over all processes, hsdp over a node's"
+    )
     add("--nproc-per-node", type=int, default=1, metavar="N", help="processes started here; several nodes: torchrun or srun (default: 1)")
     add("--compile", action=switch, default=False, help="torch.compile each block")
     add("--flash-attention", action=switch, default=False, help="the package flash-attn; a GPU is needed")
@@ -1190,7 +1196,7 @@ def checked(parser, argv):
     args.steps = args.steps or math.ceil(args.tokens / args.global_batch_size / args.sequence_length)
     if args.weights and (len(args.weights) != len(args.input) or min(args.weights) <= 0):
         parser.error(f"--weights: one above 0 for each of the {len(args.input)} folders of --input")
-    if args.engine == "olmo" and args.distributed == "hsdp" or args.engine == "olmo-core" and args.architecture == "olmo1":
+    if (args.engine == "olmo" and args.distributed == "hsdp") or (args.engine == "olmo-core" and args.architecture == "olmo1"):
         parser.error("--distributed hsdp needs --engine olmo-core, --architecture olmo1 --engine olmo")
     if args.d_model % args.n_heads or args.n_heads % (args.n_kv_heads or args.n_heads) or (args.d_model // args.n_heads) % 2:
         parser.error("--n-heads must divide --d-model into even parts, --n-kv-heads must divide --n-heads")
@@ -1240,8 +1246,8 @@ def main():
     held_out = [part["tokens"] for one in tokens for part in one["held_out"].values()]
     if sum(sequences) < args.global_batch_size or not min(sequences) or max(held_out) < args.sequence_length:
         raise SystemExit(
-            f"{STAGE}: {', '.join(args.input)}: {sum(sequences)} training sequences of {args.sequence_length} tokens do not fill a batch, or "
-            f"no held-out file holds one; take more text, or a shorter --sequence-length, or a smaller --global-batch-size"
+            f"{STAGE}: {', '.join(args.input)}: {sum(sequences)} training sequences of {args.sequence_length} tokens do not fill a batch, "
+            f"or no held-out file holds one; take more text, or a shorter --sequence-length, or a smaller --global-batch-size"
         )
     package = {"olmo": "olmo", "olmo-core": "olmo_core"}[args.engine]
     if not importlib.util.find_spec(package):

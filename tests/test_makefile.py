@@ -166,3 +166,20 @@ def test_no_variable_changes_an_output_unseen():
     for line in re.findall(r"^\t\$\(call run,.*$", TEXT, re.M):
         flags = set(re.findall(r"--[a-z-]+", line))
         assert flags <= {"--input", "--tokenizer", "--model", "--data"}, line
+
+
+def test_a_recipe_that_mixes_folders_of_tokens_names_them(tree):
+    """Its maps are prerequisites by time; a recipe that names none trains on the tokens of the stage before."""
+    recipe = tree / "recipes/demo/pretrain.yaml"
+    assert "--input data/out/demo/tokens --tokenizer data/out/demo/tokenizer" in make("-n", "pretrain-plan", cwd=tree).stdout
+    for name in ("web", "books"):
+        (tree / "maps" / name).mkdir(parents=True)
+        (tree / "maps" / name / "train.npy").touch()
+    for path in (tree / "maps").rglob("*"):
+        os.utime(path, (1_000_000, 1_000_000))
+    recipe.write_text("input: [maps/web, maps/books]\ntokenizer: maps/tokenizer\n" + recipe.read_text(encoding="utf-8"), encoding="utf-8")
+    os.utime(recipe, (1_000_000, 1_000_000))
+    assert "--input data" not in make("-n", "pretrain-plan", cwd=tree).stdout
+    assert stages_to_run(tree) == []
+    os.utime(tree / "maps/books/train.npy")
+    assert stages_to_run(tree)[0] == "pretrain"

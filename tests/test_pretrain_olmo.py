@@ -46,7 +46,8 @@ def weights(folder, engine):
         return torch.load(path / "model.pt", weights_only=True)
     from olmo_core.distributed.checkpoint import get_checkpoint_metadata, load_keys
 
-    names = [name for name, kept in get_checkpoint_metadata(str(path / "model_and_optim")).state_dict_metadata.items() if hasattr(kept, "size")]
+    kept = get_checkpoint_metadata(str(path / "model_and_optim")).state_dict_metadata
+    names = [name for name in kept if hasattr(kept[name], "size")]
     return dict(zip(names, load_keys(str(path / "model_and_optim"), names), strict=True))
 
 
@@ -231,7 +232,7 @@ def test_a_diverging_run_stops_with_a_sentence(engine, data, run_script, tmp_pat
 @pytest.mark.slow
 @every_engine
 def test_a_jump_of_the_loss_names_its_documents_and_the_run_goes_on_without_them(engine, data, noise, run_script, tmp_path):
-    """A mixture with one sequence of noise in fifty: the first one that comes late is named, left out when asked, and counted as left out."""
+    """A mixture with one sequence of noise in fifty: the first one that comes late is named, and left out when asked."""
     settings = flags(engine=engine, spike=0.7, eval_every=12)
     command = [SCRIPT, "--input", data[1], noise, "--weights", "0.98", "0.02", *data[2:], "--output", tmp_path / "run", *settings]
     skipped = []
@@ -351,7 +352,9 @@ def test_settings_reach_the_engines(load_script, data):
     model, _ = script.core_config(args, tokens[0])
     mixer = model.block.sequence_mixer
     assert (mixer.n_kv_heads, mixer.rope.theta, mixer.qk_norm.eps, model.block.feed_forward.hidden_size) == (2, 500_000, 1e-6, 64)
-    assert model.num_params == script.make_plan(args, tokens[0]["vocab_size"], 1, 1)["parameters"]
+    plan = script.make_plan(args, tokens[0]["vocab_size"], 1, 1)
+    assert model.num_params == plan["parameters"]
+    assert model.build(init_device="meta").num_flops_per_token(args.sequence_length) == pytest.approx(plan["flops_per_token"], rel=0.02)
 
 
 def test_the_order_of_sequences_is_a_function_of_the_step(load_script):
@@ -360,9 +363,8 @@ def test_the_order_of_sequences_is_a_function_of_the_step(load_script):
     for size in (1, 2, 3, 7, 64, 65, 1000):
         order = script.shuffled(np.arange(size), size, [1, 0, 0])
         assert sorted(order) == list(range(size))
-        if size > 60:
-            assert (order != script.shuffled(np.arange(size), size, [1, 0, 1])).mean() > 0.9
-            assert abs(np.corrcoef(order, np.arange(size))[0, 1]) < 0.3
+    assert (order != script.shuffled(np.arange(1000), 1000, [1, 0, 1])).mean() > 0.99
+    assert abs(np.corrcoef(order, np.arange(1000))[0, 1]) < 0.1
 
     class Source:
         length = 4
@@ -396,8 +398,8 @@ def test_schedules(load_script, data):
     script = load_script(SCRIPT)
 
     def rates(schedule, *steps):
-        words = [*map(str, data), "--output=o", *flags(schedule=schedule, steps=1000, warmup=100, learning_rate=1, decay=0.2, final_rate=0.1)]
-        args = script.checked(script.build_parser(), words)
+        changes = {"steps": 1000, "warmup": 100, "learning_rate": 1, "decay": 0.2, "final_rate": 0.1}
+        args = script.checked(script.build_parser(), [*map(str, data), "--output=o", *flags(schedule=schedule, **changes)])
         return [round(script.learning_rate(args, step), 6) for step in steps]
 
     assert rates("wsd", 0, 50, 100, 800, 900, 1000) == [0, 0.5, 1, 1, 0.55, 0.1]
@@ -406,7 +408,7 @@ def test_schedules(load_script, data):
     assert rates("constant", 50, 100, 1000) == [0.5, 1, 1]
 
 
-@pytest.mark.parametrize(("size", "parameters"), [("190m", 267_414_528), ("1b", 1_484_916_736), ("7b", 7_298_617_344)])
+@pytest.mark.parametrize(("size", "parameters"), [("190m", 267_424_512), ("1b", 1_484_916_736), ("7b", 7_298_617_344)])
 def test_plans_of_the_published_recipes(size, parameters, load_script):
     """The parameters that OLMo 2 was published with, memory that fits the GPUs named, and a refusal where it does not."""
     script = load_script(SCRIPT)
@@ -419,7 +421,7 @@ def test_plans_of_the_published_recipes(size, parameters, load_script):
     script.check_memory(plan, script.GPUS[gpu][1] * 1e9)
     comment = (ROOT / f"recipes/olmo2-{size}/pretrain.yaml").read_text(encoding="utf-8").splitlines()[0]
     assert f"{plan['memory_bytes'] / 1e9:.0f} GB" in comment
-    assert f"{plan['hours'] / 24:,.1f} days" in comment
+    assert f"{plan['hours']:,.1f} hours" in comment
     with pytest.raises(SystemExit, match="lower --micro-batch-size"):
         script.check_memory(plan, 8e9)
 
