@@ -912,6 +912,7 @@ def train_core(args, tokens, recorder):
     logging.disable(logging.NOTSET)
     logging.getLogger("olmo_core").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", message="called a synchronizing CUDA operation")  # the Trainer has CUDA warn of what check() must do
+    warnings.filterwarnings("ignore", message="DTensor random operators")  # the weights that it draws are replaced
     device, processes = recorder.device, recorder.processes
     half_precision, cuda = args.precision == "amp_bf16", device.type == "cuda"
     tokens_of = {"micro": args.micro_batch_size * args.sequence_length, "step": recorder.batch_tokens}

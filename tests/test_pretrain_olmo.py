@@ -81,7 +81,6 @@ def noise(data, run_script, tmp_path_factory):
     source = write_documents(folder / "noise.jsonl", texts)
     made = run_script("tokenize_corpus.py", "--input", source, "--held-out", 0.3, "--tokenizer", data[3], "--output", folder / "tokens")
     assert made.returncode == 0, made.stderr
-    assert "junk" not in (folder / "tokens" / "held-out.latin.csv.gz").name
     return folder / "tokens"
 
 
@@ -232,21 +231,24 @@ def test_a_diverging_run_stops_with_a_sentence(engine, data, run_script, tmp_pat
 @pytest.mark.slow
 @every_engine
 def test_a_jump_of_the_loss_names_its_documents_and_the_run_goes_on_without_them(engine, data, noise, run_script, tmp_path):
-    """A mixture with one sequence of noise in fifty: the first one that comes late is named, and left out when asked."""
-    settings = flags(engine=engine, spike=0.7, eval_every=12)
-    command = [SCRIPT, "--input", data[1], noise, "--weights", "0.98", "0.02", *data[2:], "--output", tmp_path / "run", *settings]
-    skipped = []
-    while (answer := run_script(*command, *(["--skip-batches", *skipped] if skipped else []))).returncode:
-        assert "the loss jumped to" in answer.stderr, answer.stderr
-        assert "Traceback" not in answer.stderr
-        worst = rows(tmp_path / "run", "suspects.jsonl")[0]
-        assert worst["file"] == str(noise / "train.npy")
-        assert f"line {worst['line']} ({worst['id']})" in answer.stderr
-        skipped.append(answer.stderr.rpartition("--skip-batches ")[2].split(",")[0].split()[-1])
-        assert len(skipped) < 5
-    assert skipped
+    """A mixture with one sequence of noise in fifty: with this seed, two of them stand in batch 21."""
+    command = [SCRIPT, "--input", data[1], noise, "--weights", "0.98", "0.02", *data[2:], "--output", tmp_path / "run"]
+    command += flags(engine=engine, seed=11)
+    answer = run_script(*command)
+    assert answer.returncode == 1
+    assert "the loss jumped to" in answer.stderr, answer.stderr
+    assert "at step 21; batch 21 begins with" in answer.stderr
+    assert "Traceback" not in answer.stderr
+    suspects = rows(tmp_path / "run", "suspects.jsonl")
+    files = [entry["file"] for entry in suspects]
+    assert set(files) == {str(noise / "train.npy"), str(data[1] / "train.npy")}
+    assert files == sorted(files, key=str(data[1] / "train.npy").__eq__)  # the noise first
+    assert f"line {suspects[0]['line']} ({suspects[0]['id']})" in answer.stderr
+    assert max(losses(tmp_path / "run")) == 20
+    answer = run_script(*command, "--skip-batches", "21")
+    assert answer.returncode == 0, answer.stderr
     recorded = json.loads((tmp_path / "run" / "manifest.json").read_text(encoding="utf-8"))["metrics"]
-    assert recorded["skipped_batches"] == [*map(int, skipped)]
+    assert recorded["skipped_batches"] == [21]
     assert sorted(losses(tmp_path / "run")) == list(range(1, STEPS + 1))
     assert recorded["last"]["by_source"].keys() == {str(data[1]), str(noise)}
     assert recorded["last"]["by_source"][str(noise)]["bits_per_byte"] > recorded["last"]["by_source"][str(data[1])]["bits_per_byte"]
