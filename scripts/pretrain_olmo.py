@@ -576,7 +576,7 @@ class Recorder:
                 with write_atomic(path, "w") as file:
                     for line in open(path, encoding="utf-8") if path.exists() else ():
                         row = json.loads(line) if line.endswith("}\n") else {"step": math.inf}  # the last one may have been cut
-                        if row["step"] <= step:
+                        if row["step"] <= step and ("prompt" not in row or any(row["step"] == one["step"] for one in self.evaluations)):
                             file.write(line)
                             self.note(row)
                 self.files[name] = open(path, "a", encoding="utf-8", buffering=1)
@@ -648,7 +648,7 @@ class Recorder:
             with write_atomic(self.folder / "suspects.jsonl", "w") as file:
                 file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in worst)
         dist.barrier()
-        names = ", ".join(dict.fromkeys(f"{entry['source']} line {entry['line']} ({entry['id']})" for entry in worst[:3]))
+        names = ", ".join(dict.fromkeys(f"{entry['source']} line {entry['line']} ({entry['id']})" for entry in worst[:3])) or "no document"
         leave_out = " ".join(map(str, [*self.batches.skip, number]))
         message = (
             f"{STAGE}: {self.folder}: {what} at step {step}; batch {number} begins with {names}, suspects.jsonl has all of it: start again "
@@ -700,10 +700,11 @@ class Recorder:
         row = {"step": step, "held_out_loss": every["loss"], "bits_per_byte": every["bits_per_byte"]}
         for place, key in ((1, "by_language"), (0, "by_source")):
             row[key] = {kind: pooled(found, self.counts, place, kind) for kind in dict.fromkeys(name[place] for name in found)}
-        self.write(row)
         samples = list(self.continuations(step))
         if self.rank == 0:
             self.files["samples.jsonl"].writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        self.write(row)  # last: begin() keeps the samples of evaluations that have their row
+        if self.rank == 0:
             speed = f", {self.rates[-1]:,} tokens/s" if self.rates else ""
             tqdm.write(
                 f"step {step}: held-out loss {row['held_out_loss']:.3f}, {row['bits_per_byte']:.3f} bits/byte{speed}", file=sys.stderr
