@@ -1222,7 +1222,10 @@ def dry_run(args):
     """Print the plan of a run, for which the tokenizer is enough; SystemExit where it cannot fit."""
     from tokenizers import Tokenizer
 
-    vocabulary = Tokenizer.from_file(str(Path(args.tokenizer, "tokenizer.json"))).get_vocab_size()
+    path = Path(args.tokenizer, "tokenizer.json")
+    if not path.exists():
+        raise SystemExit(f"{STAGE}: {path} does not exist; the plan needs its number of ids: name the tokenizer's folder, or make it first")
+    vocabulary = Tokenizer.from_file(str(path)).get_vocab_size()
     if args.machine:
         count, gpu = args.machine.split("x", 1)
         (tflops, gigabytes), count = GPUS[gpu], int(count)
