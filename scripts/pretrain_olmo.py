@@ -620,8 +620,8 @@ class Recorder:
         dist.all_reduce(sums)
         self.loss, z = (sums / self.processes).tolist()
         self.z_loss = None if z_loss is None else z
-        if not math.isfinite(self.loss):
-            self.stop(step, "the loss is no number")
+        if not self.loss < 700:  # the engines raise e to it, for the perplexity
+            self.stop(step, f"the loss is no number to go on with ({self.loss:.3g})")
         if self.args.spike and self.loss > self.lowest + self.args.spike:
             self.stop(step, f"the loss jumped to {self.loss:.2f}, from {self.lowest:.2f} in the best {RECENT} steps,")
 
@@ -1038,11 +1038,13 @@ def train_core(args, tokens, recorder):
 
 def train(args, tokens, recorder):
     """Train to the last step; return the number of parameters. SystemExit at what a user can mend, and at a signal (after a checkpoint)."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
         step, parameters = {"olmo": train_olmo, "olmo-core": train_core}[args.engine](args, tokens, recorder)
-    except (ValueError, RuntimeError, OverflowError) as error:
+    except (RuntimeError, OSError, CheckpointException) as error:
         words = str(error)
-        if re.search("PytorchStreamWriter|unexpected pos", words):
+        if re.search("PytorchStreamWriter|unexpected pos|File too large|No space left|quota", words):
             why = "a checkpoint could not be written; make room on the disk and run it again: it goes on from the last one"
         elif "out of memory" in words:
             why = "out of memory; lower --micro-batch-size, or take --distributed fsdp and more processes"

@@ -230,7 +230,7 @@ def test_a_diverging_run_stops_with_a_sentence(data, run_script, tmp_path):
     settings = flags(engine="olmo-core", learning_rate=1e30, warmup=0, clip=1e30, spike=0)
     answer = run_script(SCRIPT, *data, "--output", tmp_path / "run", *settings)
     assert answer.returncode == 1
-    assert "the loss is no number at step" in answer.stderr
+    assert "the loss is no number to go on with" in answer.stderr
     assert "--learning-rate" in answer.stderr
     assert "Traceback" not in answer.stderr
     assert not (tmp_path / "run" / "manifest.json").exists()
