@@ -7,19 +7,27 @@
 
 Usage:
     python scripts/answer_errors.py --uri kb/errors.db "No available memory for the cache blocks"
+    python scripts/answer_errors.py --uri kb/errors.db --explain --file train.log "Why does it stop on four GPUs?"
     python scripts/answer_errors.py --uri kb/errors.db --no-llm < train.log
     python scripts/answer_errors.py --uri kb/errors.db --input questions.jsonl --output /tmp/answers
     make ask Q="…"
 
 Reads   the collection of load_milvus.py; QUESTION, --file or standard input; with --output, --input of {"id", "question", "expect"?}.
-Writes  the answer on standard output; with --output: OUTPUT/answers.jsonl, then OUTPUT/manifest.json, last.
+Writes  the answer on standard output; with --output: OUTPUT/answers.jsonl, then OUTPUT/manifest.json, last; with --serve: a socket in
+        ~/.local/state/answer_errors (XDG_STATE_HOME), whose path is printed.
 Exit    0 answered, or not in the knowledge base; 1 failed; 2 bad usage; 3 refused: another embedding model, or OUTPUT holds another run.
 Needs   CPU, 1 GB of memory; an OpenAI-compatible server (serve_vllm.py), or --no-llm.
 
 Each line of a paste is searched by words (BM25), because an embedding of a whole log is one of its noise. A line's score for a record is
 its BM25 score times the square root of the share of the record's words in it, half as much again when it names an exception; the best
-line counts. The cosine of that line and the record is added. Pasted text and records are data: only ids that were in the prompt are
-left in the answer, and an answer without any is replaced by the fix of the best record, which is said.
+line counts. The cosine of that line and the record is added.
+
+Pasted text and records are data. Of a log the model sees only the sentences whose words stand in the records found, so that an order in it
+is not read at all; only ids that were in the prompt are left in the answer; and an answer that cites none, or of whose words
+less than a quarter stands in the records that it cites, is not shown: the fix of the best record takes its place, which is said.
+
+A Milvus Lite database belongs to one process. `--serve` is that process for others: while it runs, questions to the same --uri go through
+it, by themselves. It answers a JSON line {"question", "log", "lang", …} by lines {"text"} or {"note"}, and {"result"} or {"error"} last.
 """
 
 import argparse
@@ -35,8 +43,11 @@ import platform
 import re
 import resource
 import shutil
+import socket
+import socketserver
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -52,20 +63,29 @@ NEAR = 0.75  # of the best record's certainty: one further off would only tempt 
 CANDIDATES = 20  # records a search brings back
 MAX_LINES, MAX_LINE = 256, 2000  # lines of a paste that are searched, and characters of each
 TAIL = 4_000_000  # bytes of a file that are read, from its end
+EVIDENCE = 0.5  # of a sentence's words stand in one record, or the model does not see the sentence
+GROUNDED = 0.25  # of an answer's words stand in the records that it cites, or it is not shown
 LEVEL = re.compile(r"\b(TRACE|DEBUG|INFO|WARN(?:ING)?|ERROR|CRITICAL|FATAL)\b")
 EXCEPTION = re.compile(r"\b\w*(?:Error|Exception|Interrupt|Exit|Failure)\b")
-CHINESE = re.compile(r"[\u3400-\u9fff]")
+CHINESE, KANA = re.compile(r"[\u3400-\u9fff]"), re.compile(r"[\u3041-\u30ff]")
+WORD = re.compile(r"[^\W_\u3400-\u9fff]{4,}|[\u3400-\u9fff]")
+SENTENCE = re.compile(r"(?<=[.!?;])\s+|(?<=[。！？；])")
 BRACKETS = re.compile(r"\[([^\[\]\n]{1,120})\]")
 UNKNOWN = re.compile(r"not (?:\w+ )?in the knowledge base|知识库(?:中|里)?没有|不在知识库", re.I)
-# What we say ourselves, in the question's language: unknown, not cited, no fix, records
+# What we say ourselves, in the question's language: unknown, not grounded, no fix, records
 WORDS = {
     "en": (
         "This is not in the knowledge base. The nearest records:",
-        "The model cites no record; the best match says:",
+        "The model gives no answer that a record supports; the best match says:",
         "(no fix)",
         "Records:",
     ),
-    "zh": ("知识库中没有这个错误。最接近的记录：", "模型没有引用记录；最匹配的记录给出的办法：", "（没有记录解决办法）", "记录："),
+    "zh": (
+        "知识库中没有这个错误。最接近的记录：",
+        "模型没有给出有记录支持的回答；最匹配的记录给出的办法：",
+        "（没有记录解决办法）",
+        "记录：",
+    ),
 }
 
 
@@ -251,19 +271,62 @@ def quote(text, known):
     return BRACKETS.sub(lambda match: f"({match[1]})" if ids_in(match[1], known) else match[0], text)
 
 
-def prompt(question, best, records):
-    """Return the messages for the model: the records, and of a long question the best line, what a person wrote, the exceptions."""
-    ids, lines = [record["id"] for record in records], search_lines(question)
-    order = sorted(lines, key=lambda line: (line != best, not CHINESE.search(line), not EXCEPTION.search(line)))
-    sizes = itertools.accumulate(len(line) for line in order)
-    kept = {order[0]} | {line for line, size in zip(order, sizes, strict=True) if size <= PROMPT_CHARS}
-    asked = "\n".join(line[:PROMPT_CHARS] for line in lines if line in kept)
-    told = []
+def language(text, otherwise):
+    """Return "zh" when a text has Chinese in it and no kana, which would make it Japanese; else `otherwise`: a log has no language."""
+    return "zh" if CHINESE.search(text) and not KANA.search(text) else otherwise
+
+
+def words_of(text):
+    """Return the words of four letters or more, and the Chinese characters, of a text; five letters of each: divide and divides are one."""
+    return [word[:5].lower() for word in WORD.findall(text)]
+
+
+def share(words, told):
+    """Return the share of words that are in the set `told`; 0 of none."""
+    return sum(word in told for word in words) / max(len(words), 1)
+
+
+def told_by(records):
+    """Return the set of the words of records."""
+    return {word for record in records for name in ("error", "cause", "fix") for word in words_of(record.get(name) or "")}
+
+
+def asked_for(question, log, best, records):
+    """Return what the model is told of a question: the person's own words, that is its first line, and of the rest the sentences of
+    which half stands in one of the records, the closest of the line that found these always among them."""
+    own, _, rest = question.strip().partition("\n")
+    told, weigh = [told_by([record]) for record in records], {}
+    for line in dict.fromkeys([best, *search_lines(f"{rest}\n{log}")]):
+        if line not in own:
+            found = {part.strip(): max(share(words_of(part), words) for words in told) for part in SENTENCE.split(line)}
+            if line == best:
+                found[max(found, key=found.get)] = 2
+            weigh |= {part: max(weight, weigh.get(part, 0)) for part, weight in found.items() if weight >= EVIDENCE}
+    order = sorted(weigh, key=weigh.get, reverse=True)
+    sizes = itertools.accumulate(len(part) for part in order)
+    kept = {part for part, size in zip(order, sizes, strict=True) if size <= PROMPT_CHARS} | set(order[:1])
+    return "\n".join(part[:PROMPT_CHARS] for part in [own, *filter(kept.__contains__, weigh)] if part)
+
+
+def prompt(asked, records, lang):
+    """Return the messages for the model: the records, a line each, and what is asked."""
+    ids, told = [record["id"] for record in records], []
     for record in records:
         error, fix = (quote(" ".join(record[name].split()), ids) for name in ("error", "fix"))
         told.append(f"[{record['id']}] error: {error[:300]} | fix: {fix[:600]}\n")
     user = f"Records:\n{''.join(told)}\nQuestion:\n{quote(asked, ids)}"
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}]
+    foreign = any(letter.isalpha() and not letter.isascii() for letter in asked)
+    tongue = " Answer in Chinese." if lang == "zh" else " Answer in the language of the question." if foreign else ""
+    return [{"role": "system", "content": SYSTEM + tongue}, {"role": "user", "content": user}]
+
+
+def grounded(said, records):
+    """Tell whether an answer is taken from the records; one in another script than theirs, whether its names and commands are."""
+    words, told = words_of(BRACKETS.sub(" ", said)), told_by(records)
+    latin = [word for word in words if word.isascii()]
+    if len(latin) < len(words) and all(word.isascii() for word in told):
+        return not latin or share(latin, told) >= GROUNDED
+    return share(words, told) >= GROUNDED
 
 
 def keep_known(pieces, known, cited):
@@ -434,40 +497,57 @@ class Model:
         """Yield the answer in pieces."""
         try:
             options = {"model": self.card.id, "temperature": 0, "max_tokens": MAX_TOKENS, "stream": True}
-            for chunk in self.client.chat.completions.create(messages=messages, **options):
-                if chunk.choices and chunk.choices[0].delta.content:
-                    yield chunk.choices[0].delta.content
+            with self.client.chat.completions.create(messages=messages, **options) as chunks:
+                for chunk in chunks:
+                    if chunk.choices and chunk.choices[0].delta.content:
+                        yield chunk.choices[0].delta.content
         except (self.error, OSError) as error:
             raise NoModel(f"the model broke off ({' '.join(str(error).split())}); look at the server's log") from error
 
 
-def respond(question, base, model, top_k, threshold, say):
-    """Answer one question; pass each piece of text to `say` as soon as it is there. Return the answer as a dictionary:
-    `status` is answered, fallback (the model cited nothing), fix (no model was asked) or unknown (not in the knowledge base)."""
-    unknown, uncited, no_fix, heading = WORDS["zh" if CHINESE.search(question) else "en"]
-    records, line, _ = base.search(question, top_k)
-    said, cited = "", []
-    if not records or records[0]["certainty"] < threshold:
-        status = "unknown"
-    elif model is None:
-        status = "fix"
+REQUEST = ("uri", "collection", "llm_url", "model", "llm", "lang", "top_k", "threshold")  # flags that a request carries
+SEARCHING = threading.Lock()  # the embedder and Milvus Lite take one question at a time; models answer several
+
+
+def respond(base, model, say, question, log="", lang="en", top_k=5, threshold=0.9):
+    """Answer one question about a log; pass each piece of text to `say` as soon as it is there. Return the answer as a dictionary:
+    `status` is answered, fallback (what the model said is not shown), fix (no model was asked) or unknown (not in the knowledge base);
+    `stage` of each record how far it came: retrieved, kept (it is near enough), prompted (the model saw it), cited."""
+    lang = language(question or log, lang)
+    unknown, ungrounded, no_fix, heading = WORDS[lang]
+    with SEARCHING:
+        records, line, _ = base.search(f"{question}\n{log}" if log else question, top_k)
+    near = NEAR * records[0]["certainty"] if records else 0
+    known = bool(records) and records[0]["certainty"] >= threshold
+    kept = [record for record in records if known and record["certainty"] >= near]
+    shown = kept[:PROMPT_RECORDS] if model else []
+    said, held, cited = "", "", []
+    if shown:
+        asked = asked_for(question, log, line, shown)
+        for piece in keep_known(model.stream(prompt(asked, shown, lang)), {record["id"] for record in shown}, cited):
+            said, held = said + piece, held + piece
+            if grounded(said, shown):
+                say(held)
+                held = ""
+        status = "answered" if cited and grounded(said, [record for record in shown if record["id"] in cited]) else "fallback"
+        status = "unknown" if not cited and UNKNOWN.search(said) else status
+        say(held if status == "answered" else "\n\n" if held != said else "")
     else:
-        shown = [record for record in records[:PROMPT_RECORDS] if record["certainty"] >= NEAR * records[0]["certainty"]]
-        for piece in keep_known(model.stream(prompt(question, line, shown)), {record["id"] for record in shown}, cited):
-            said += piece
-            say(piece)
-        status = "answered" if cited else "unknown" if UNKNOWN.search(said) else "fallback"
-        say("\n\n" if said and not cited else "")
+        status = "fix" if kept else "unknown"
     answer = said.strip()
-    if status == "unknown":
-        answer = unknown + "".join(f"\n- [{record['id']}] {record['error'].splitlines()[0][:160]}" for record in records)
-    elif not cited:
-        cited.append(records[0]["id"])
-        answer = f"{uncited + ' ' if model else ''}{records[0]['fix'] or no_fix} [{records[0]['id']}]"
-    say(answer if status != "answered" else "")
+    if status != "answered":
+        answer, cited = unknown + "".join(f"\n- [{record['id']}] {record['error'].splitlines()[0][:160]}" for record in records), []
+        if status != "unknown":
+            cited = [records[0]["id"]]
+            answer = f"{ungrounded + ' ' if model else ''}{records[0]['fix'] or no_fix} [{records[0]['id']}]"
+        say(answer)
+    for record in records:
+        among = {"cited": record["id"] in cited, "prompted": record in shown, "kept": record in kept, "retrieved": True}
+        record["stage"] = next(stage for stage, holds in among.items() if holds)
     sources = [f"\n[{record['id']}] {record['source']}" for record in records if record["id"] in cited]
     say("".join(["\n\n", heading, *sources, "\n"] if sources else "\n"))
-    return {"question": question, "status": status, "answer": answer, "cited": cited, "model_said": said.strip(), "records": records}
+    result = {"question": question, "status": status, "answer": answer, "cited": cited, "model_said": said.strip(), "records": records}
+    return result | {"found_by": line, "threshold": threshold, "near": round(near, 4)}
 
 
 def read_objects(paths, field):
@@ -488,35 +568,132 @@ def read_objects(paths, field):
 
 
 def read_question(args):
-    """Return the text to answer: QUESTION, the end of --file, or standard input."""
+    """Return (question, log): QUESTION, and the end of --file or, without QUESTION, of standard input; a single line is a question."""
+    question, log = "" if args.question in (None, "-") else args.question, ""
     if args.file:
         with open(args.file, "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
-            text = file.read().decode(errors="replace")
-    elif args.question in (None, "-"):
+            log = file.read().decode(errors="replace")
+    elif not question:
         if sys.stdin.isatty():
             print("Paste the error or log, then Ctrl-D:", file=sys.stderr)
-        text = sys.stdin.buffer.read().decode(errors="replace")[-TAIL:]
-    else:
-        text = args.question
-    return text if text.strip() else fail("the question is empty; give QUESTION, --file LOG, or a log on standard input", 2)
+        log = sys.stdin.buffer.read().decode(errors="replace")[-TAIL:]
+        question, log = (log, "") if "\n" not in log.strip() else ("", log)
+    if not (question + log).strip():
+        fail("the question is empty; give QUESTION, --file LOG, or a log on standard input", 2)
+    return question.strip(), log
 
 
-def answer_one(args, question, base, model):
-    """Print the answer as it comes, or as one JSON object."""
-    result = respond(question, base, model, args.top_k, args.threshold, lambda text: args.json or print(text, end="", flush=True))
+def note(sentence):
+    print(f"answer_errors: {sentence}", file=sys.stderr)
+
+
+def answer_by(base, request, say, note):
+    """Answer a request; without the model where that does not answer, which is noted."""
+    asked = [request[name] for name in ("question", "log", "lang", "top_k", "threshold")]
+    try:
+        return respond(base, Model(request["llm_url"], request["model"]) if request["llm"] else None, say, *asked)
+    except NoModel as error:
+        note(str(error))
+        return respond(base, None, say, *asked)
+
+
+def owner_socket(uri):
+    """Return where the process that has a Milvus Lite database open answers others; for a Milvus server, which has no owner, a new one."""
+    state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
+    name = f"server-{os.getpid()}" if "://" in uri else hashlib.sha256(str(Path(uri).resolve()).encode()).hexdigest()[:16]
+    return state / "answer_errors" / f"{name}.sock"
+
+
+@contextlib.contextmanager
+def connected(path):
+    """Yield a connection to the owner at `path`, as a file, or None when nobody is there."""
+    with socket.socket(socket.AF_UNIX) as line:
+        try:
+            line.connect(str(path))
+        except OSError:
+            yield None
+        else:
+            with line.makefile("rwb") as stream:
+                yield stream
+
+
+def answer_through(stream, request, say):
+    """Return the answer of the owner at the other end."""
+    stream.write(json.dumps(request).encode() + b"\n")
+    stream.flush()
+    for line in stream:
+        event = json.loads(line)
+        if "error" in event:
+            fail(event["error"])
+        if "result" in event:
+            return event["result"]
+        say(event["text"]) if "text" in event else note(event["note"])
+    return fail(f"the process that has {request['uri']} open went away before its answer was whole; ask again")
+
+
+def show_evidence(result):
+    """Print which records were retrieved, kept, prompted and cited, with their scores, and the line of the question that found them."""
+    print(f"\n{'stage':<10}{'score':>6}{'certainty':>11}  record")
+    for record in result["records"]:
+        error = record["error"].splitlines()[0][:80]
+        print(f"{record['stage']:<10}{record['score']:>6.3f}{record['certainty']:>11.3f}  [{record['id']}] {error}")
+    print(f"known: the first has a certainty of {result['threshold']:g} (--threshold) or more; kept: {result['near']:.3f}, {NEAR:g} of its")
+    print(f"found by: {result['found_by'][:160]}")
+
+
+def answer_one(args, question, log, answer):
+    """Print the answer as it comes, or as one JSON object. `answer` takes the request and a function that is given the pieces of text."""
+    request = {name: getattr(args, name) for name in REQUEST} | {"question": question, "log": log}
+    result = answer(request, lambda text: args.json or print(text, end="", flush=True))
     if args.json:
         print(json.dumps(result, ensure_ascii=False, indent=1))
+    elif args.explain:
+        show_evidence(result)
+
+
+def serve(args, base):
+    """Answer requests at the socket of --uri, several at a time, until standard input ends; each connection is one request."""
+    from pymilvus.exceptions import MilvusException
+
+    class Handler(socketserver.StreamRequestHandler):
+        def send(self, **event):
+            self.wfile.write(json.dumps(event).encode() + b"\n")
+
+        def handle(self):
+            try:
+                request = {"log": ""} | {name: getattr(args, name) for name in REQUEST} | json.loads(self.rfile.readline())
+                if request["collection"] != args.collection:
+                    raise ValueError(f"the process that has {args.uri} open serves the collection {args.collection}; end it, or ask that")
+                result = answer_by(base, request, lambda text: text and self.send(text=text), lambda text: self.send(note=text))
+                self.send(result=result)
+            except MilvusException as error:
+                self.send(error=f"Milvus at {args.uri} refused or went away ({error.message}); mend that and ask again")
+            except (ValueError, TypeError, KeyError) as error:
+                self.send(error=f"this cannot be answered: {error}")
+            except ConnectionError:
+                pass  # who asked has left
+
+    path = owner_socket(args.uri)
+    path.parent.mkdir(0o700, parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # of a process that was killed: who has the database open is the only one to come here
+    with socketserver.ThreadingUnixStreamServer(str(path), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        print(path, flush=True)
+        sys.stdin.buffer.read()
+        path.unlink(missing_ok=True)
+        server.shutdown()
 
 
 def answer_file(args, base, model):
     """Answer the questions of --input into OUTPUT; a question's `expect` lists ids or tags of right records."""
     questions = read_objects(args.input, "question")
     args.model, args.base = model and model.identity(), base.digest()  # other answers may follow from another model or base
-    run = Run("ask", args, args.input, ignore=("uri", "llm_url", "token", "question", "file", "json", "rank"))
+    run = Run("ask", args, args.input, ignore=("uri", "llm_url", "token", "question", "file", "json", "explain", "serve", "rank"))
     rows, first, right, expected = [], 0, 0, 0
     for entry in tqdm(questions, unit="question", disable=not sys.stderr.isatty()):
-        row = respond(entry["question"], base, model, args.top_k, args.threshold, lambda text: None)
+        row = respond(base, model, lambda text: None, entry["question"], "", args.lang, args.top_k, args.threshold)
         if entry.get("expect"):
             expected += 1
             first += bool(row["records"] and set(labels(row["records"][0])) & set(entry["expect"]))
@@ -550,7 +727,7 @@ def build_parser():
     )
     add = parser.add_argument
     add("question", nargs="?", metavar="QUESTION", help="an error or question; - or nothing: standard input")
-    add("--file", metavar="LOG", help="a log to explain, in place of QUESTION")
+    add("--file", metavar="LOG", help="a log to explain, with or without QUESTION")
     add("--uri", default="errors.db", help="path of a Milvus Lite database, or http(s)://HOST:PORT (default: errors.db)")
     add("--token", default=os.environ.get("MILVUS_TOKEN", ""), help="of a Milvus server (default: MILVUS_TOKEN)")
     add("--collection", type=lambda name: name.replace("-", "_"), default="mcp_errors", metavar="NAME", help="default: mcp_errors")
@@ -558,9 +735,12 @@ def build_parser():
     add("--llm-url", default=os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8051/v1"), metavar="URL", help="default: OPENAI_BASE_URL")
     add("--model", default=os.environ.get("LLM_MODEL"), help="default: LLM_MODEL, or the first that the server lists")
     add("--llm", action=argparse.BooleanOptionalAction, default=True, help="--no-llm: ask no model, give the best record's fix itself")
+    add("--lang", choices=tuple(WORDS), default="en", help="of the answer to a paste without Chinese (default: en)")
     add("--top-k", type=int, default=5, metavar="N", help="records to retrieve (default: 5)")
     add("--threshold", type=float, default=0.9, help="certainty, 0 to 2, below which it is not known (default: 0.9)")
     add("--json", action=argparse.BooleanOptionalAction, default=False, help="print one JSON object")
+    add("--explain", action=argparse.BooleanOptionalAction, default=False, help="show what was retrieved, kept, prompted, cited; scores")
+    add("--serve", action="store_true", help="answer for others, until standard input ends; see above")
     add("--input", nargs="+", metavar="PATH", help="JSONL of questions, for --output; of queries {qid, text}, for --rank")
     add("--output", metavar="DIR", help="answer the questions of --input into this folder")
     add("--rank", nargs="+", choices=("lines", "bm25", "dense"), help="print what these ways of searching find for --input")
@@ -577,7 +757,14 @@ def main():
     batch = args.output or args.rank
     if batch and not args.input:
         parser.error("--output and --rank need --input")
-    question = None if batch else read_question(args)
+    question, log = (None, None) if batch or args.serve else read_question(args)
+    path = owner_socket(args.uri)
+    if not batch and "://" not in args.uri:
+        with connected(path) as owner:
+            if owner and args.serve:
+                sys.exit(print(path))
+            if owner:
+                return answer_one(args, question, log, lambda request, say: answer_through(owner, request, say))
     logging.disable()  # the libraries log a traceback for every refused call; our sentence says it
     warnings.simplefilter("ignore")
     os.environ["GRPC_VERBOSITY"] = "NONE"
@@ -589,13 +776,12 @@ def main():
             rank_file(args, base)
         elif args.output:
             answer_file(args, base, Model(args.llm_url, args.model) if args.llm else None)
+        elif args.serve:
+            serve(args, base)
         else:
-            answer_one(args, question, base, Model(args.llm_url, args.model) if args.llm else None)
+            answer_one(args, question, log, lambda request, say: answer_by(base, request, say, note))
     except NoModel as error:
-        if batch:
-            fail(error)
-        print(f"answer_errors: {error}", file=sys.stderr)
-        answer_one(args, question, base, None)
+        fail(error)
     except MilvusException as error:
         fail(f"Milvus at {args.uri} refused or went away ({error.message}); mend that and ask again")
 
