@@ -663,6 +663,8 @@ def serve(args, base):
         def handle(self):
             try:
                 request = {"log": ""} | {name: getattr(args, name) for name in REQUEST} | json.loads(self.rfile.readline())
+                if not (request["question"] + request["log"]).strip():
+                    raise ValueError("the question is empty")
                 if request["collection"] != args.collection:
                     raise ValueError(f"the process that has {args.uri} open serves the collection {args.collection}; end it, or ask that")
                 result = answer_by(base, request, lambda text: text and self.send(text=text), lambda text: self.send(note=text))

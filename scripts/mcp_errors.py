@@ -171,8 +171,8 @@ def build_server(answerer, proposals, name="errors"):
     @server.tool(annotations=reads)
     async def answer_error(
         context: Context,
-        log: Paste,
-        question: Annotated[str, Field(description="what to know about it, in a sentence; may be empty")] = "",
+        log: Paste = "",
+        question: Annotated[str, Field(description="what to know about it, in a sentence; this, or log, or both")] = "",
         lang: Annotated[str, Field(pattern="^(en|zh)$", description="of the answer, where the texts have no Chinese")] = "en",
     ) -> Answer:
         """Answer an error from the knowledge base, with the records that prove the answer, or say that it is not there."""
