@@ -69,6 +69,7 @@ LEVEL = re.compile(r"\b(TRACE|DEBUG|INFO|WARN(?:ING)?|ERROR|CRITICAL|FATAL)\b")
 EXCEPTION = re.compile(r"\b\w*(?:Error|Exception|Interrupt|Exit|Failure)\b")
 CHINESE, KANA = re.compile(r"[\u3400-\u9fff]"), re.compile(r"[\u3041-\u30ff]")
 WORD = re.compile(r"[^\W_\u3400-\u9fff]{4,}|[\u3400-\u9fff]")
+NO_LETTERS = re.compile(r"[^A-Za-z\u3400-\u9fff]*")
 SENTENCE = re.compile(r"(?<=[.!?;])\s+|(?<=[。！？；])")
 BRACKETS = re.compile(r"\[([^\[\]\n]{1,120})\]")
 UNKNOWN = re.compile(r"not (?:\w+ )?in the knowledge base|知识库(?:中|里)?没有|不在知识库", re.I)
@@ -291,9 +292,15 @@ def told_by(records):
     return {word for record in records for name in ("error", "cause", "fix") for word in words_of(record.get(name) or "")}
 
 
+def trim(part, told):
+    """Return a sentence from its first word that is in `told` to its last; all of it when none is."""
+    hits = [match.span() for match in WORD.finditer(part) if match[0][:5].lower() in told]
+    return part[hits[0][0] : NO_LETTERS.match(part, hits[-1][1]).end()].strip() if hits else part
+
+
 def asked_for(question, log, best, records):
     """Return what the model is told of a question: the person's own words, that is its first line, and of the rest the sentences of
-    which half stands in one of the records, the closest of the line that found these always among them."""
+    which half stands in one of the records, trimmed to those words, the closest of the line that found these always among them."""
     own, _, rest = question.strip().partition("\n")
     told, weigh = [told_by([record]) for record in records], {}
     for line in dict.fromkeys([best, *search_lines(f"{rest}\n{log}")]):
@@ -305,7 +312,8 @@ def asked_for(question, log, best, records):
     order = sorted(weigh, key=weigh.get, reverse=True)
     sizes = itertools.accumulate(len(part) for part in order)
     kept = {part for part, size in zip(order, sizes, strict=True) if size <= PROMPT_CHARS} | set(order[:1])
-    return "\n".join(part[:PROMPT_CHARS] for part in [own, *filter(kept.__contains__, weigh)] if part)
+    parts = [own, *(trim(part, told_by(records)) for part in weigh if part in kept)]
+    return "\n".join(part[:PROMPT_CHARS] for part in parts if part)
 
 
 def prompt(asked, records, lang):
