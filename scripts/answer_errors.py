@@ -521,6 +521,7 @@ def respond(base, model, say, question, log="", lang="en", top_k=5, threshold=0.
     """Answer one question about a log; pass each piece of text to `say` as soon as it is there. Return the answer as a dictionary:
     `status` is answered, fallback (what the model said is not shown), fix (no model was asked) or unknown (not in the knowledge base);
     `stage` of each record how far it came: retrieved, kept (it is near enough), prompted (the model saw it), cited."""
+    question, log = (text.encode(errors="replace").decode() for text in (question, log))  # no lone surrogates
     lang = language(question or log, lang)
     unknown, ungrounded, no_fix, heading = WORDS[lang]
     with SEARCHING:

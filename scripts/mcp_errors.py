@@ -124,7 +124,7 @@ def build_server(answerer, proposals, name="errors"):
         fix: str
         package: str = ""
         source: str = Field("", description="where the fix comes from, for example owner/repo#number")
-        certainty: float = Field(description="0 to 2")
+        certainty: float = Field(description="how sure it is that the record fits")
         stage: str = Field(description="how far the record came: retrieved, kept, prompted, cited")
 
     class Found(BaseModel):
