@@ -321,7 +321,7 @@ def test_an_unserved_model_is_named(answer):
 def test_file_of_questions(answer, server, load_script, tmp_path):
     """The demo's batch: answers with citations, right records first, a no-op the second time, anew for another model or base."""
     arguments = ["--input", QUESTIONS, "--output", tmp_path / "ask"]
-    answer(*arguments, reply=lambda user: f"Do so {user.splitlines()[1][:7]}.")
+    answer(*arguments, reply=lambda user: f"{user.splitlines()[1].partition('fix: ')[2]} {user.splitlines()[1][:7]}")
     manifest = json.loads((tmp_path / "ask/manifest.json").read_text())
     assert manifest["counts"] == {"questions": 3, "answered": 3, "fallback": 0, "fix": 0, "unknown": 0}
     assert manifest["metrics"] == {"cited": 3, "recall_at_1": 1.0, "right_cited": 3}
@@ -575,10 +575,23 @@ def test_the_owner_takes_many_requests_and_bad_ones(owner, server):
     ):
         (event,) = owner.send(bad)
         assert event["error"].startswith("this cannot be answered: "), bad
+    strange = owner.send(b'{"question": "\\ud800", "log": "\\u0000"}\n')[-1]
+    assert strange["result"]["status"] == "unknown", "what is no character is no reason to die"
     with socket.socket(socket.AF_UNIX) as client:  # who leaves before the answer harms nobody
         client.connect(owner.path)
         client.sendall(line)
     assert owner.send(line)[-1]["result"]["status"] == "answered"
+
+
+@pytest.mark.slow
+def test_why_asks_the_base(owner, tmp_path):
+    """`make why` where a base is loaded: its records, found as by `make ask`, which knows more than words."""
+    (tmp_path / "serve.failed.log").write_text(LOG)
+    words = ["--logs", tmp_path, "--ask", sys.executable, owner.script, "--uri", owner.folder / "errors.db"]
+    told = subprocess.run(
+        [sys.executable, ROOT / "scripts/explain_failure.py", "why", *words], capture_output=True, text=True, env=clean_environment()
+    )
+    assert told.returncode == 0 and "THU-KEG/AdaptThink#1" in told.stdout, told.stderr
 
 
 @pytest.mark.slow
@@ -593,17 +606,6 @@ def test_an_owner_that_was_killed_is_replaced(owner, server):
     assert owner.send(b'{"question": "x", "llm": false}\n')[-1]["result"]
     assert owner.process.communicate()[1] == "" and owner.process.returncode == 0, "its standard input has ended"
     assert not Path(owner.path).exists()
-
-
-@pytest.mark.slow
-def test_why_asks_the_base(owner, tmp_path):
-    """`make why` where a base is loaded: its records, found as by `make ask`, which knows more than words."""
-    (tmp_path / "serve.failed.log").write_text(LOG)
-    words = ["--logs", tmp_path, "--ask", sys.executable, owner.script, "--uri", owner.folder / "errors.db"]
-    told = subprocess.run(
-        [sys.executable, ROOT / "scripts/explain_failure.py", "why", *words], capture_output=True, text=True, env=clean_environment()
-    )
-    assert told.returncode == 0 and "THU-KEG/AdaptThink#1" in told.stdout, told.stderr
 
 
 def test_search_lines(script):
@@ -624,10 +626,10 @@ def test_search_lines(script):
 
 
 def test_prompt_of_a_long_question_is_short(script):
-    records = [{"id": f"E000{n}", "error": "ValueError: the one " + "error\n" * 400, "fix": "fix" * 2000} for n in range(3)]
+    records = [{"id": f"E000{n}", "error": "ValueError: the only " + "error\n" * 400, "fix": "fix" * 2000} for n in range(3)]
     lines = [f"error number{chr(97 + n % 26)}{chr(97 + n // 26)} error error." for n in range(200)]
-    asked = script.asked_for("请问怎么办", "\n".join([*lines, "ValueError: the one"]), "ValueError: the one", records)
-    assert asked.splitlines()[:2] == ["请问怎么办", "ValueError: the one"]
+    asked = script.asked_for("请问怎么办", "\n".join([*lines, "ValueError: the only"]), "ValueError: the only", records)
+    assert asked.splitlines()[:2] == ["请问怎么办", "ValueError: the only"]
     assert 500 < len(asked) < 1000
     system, user = script.prompt(asked, records, "zh")
     assert system["role"] == "system"

@@ -63,7 +63,7 @@ def test_a_signal_is_an_exit_code_and_reaches_the_command(tmp_path):
 
 
 def test_a_daemon_that_is_left_behind_is_not_waited_for(tmp_path):
-    code = "import subprocess, sys; print(subprocess.Popen(['sleep', '50']).pid, file=sys.stderr)"
+    code = "import subprocess, sys; print(subprocess.Popen(['sleep', '50'], stdout=subprocess.DEVNULL).pid, file=sys.stderr)"
     answer = keep(tmp_path, code)
     os.kill(int(answer.stderr), signal.SIGKILL)
     assert answer.returncode == 0
