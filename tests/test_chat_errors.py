@@ -55,11 +55,11 @@ class Browser:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def until(self, code, seconds=120):
+    def until(self, code, seconds=60):
         """Wait until a JavaScript expression is true; return its value."""
         end = time.monotonic() + seconds
-        while not (value := self.run(code)):
-            assert time.monotonic() < end, f"{code}: never; the page: {self.run('document.body.innerText')}"
+        while (value := self.run(code)) in (None, False, ""):
+            assert time.monotonic() < end, f"{code}: never; the page: {self.run('document.body.innerText')[-1500:]}"
             time.sleep(0.05)
         return value
 
@@ -211,19 +211,19 @@ def test_an_answer_streams_and_its_citation_opens_the_record(browser, model):
     )
     assert "divisor" not in part and browser.run("!document.querySelector('#stop').hidden"), "in the middle"
     model.go.set()
-    browser.until("document.querySelector('article ul')")
+    browser.until("document.querySelector('article:first-child ul')")
     text = browser.run(LAST)
     assert "take a divisor of 40 E0014, says ." in text and "From the records" in text and "E9999" not in text
-    assert browser.run("document.querySelector('article ul a').href") == "https://github.com/THU-KEG/AdaptThink/issues/1"
+    assert browser.run("document.querySelector('article:first-child ul a').href") == "https://github.com/THU-KEG/AdaptThink/issues/1"
     browser.shot("2-answered")
-    browser.click("article .answer button.cite")
+    browser.click("article:first-child .answer button.cite")
     assert browser.until("document.querySelector('dialog').open")
     record = browser.run("document.querySelector('dialog').innerText")
     assert record.startswith("E0014") and "divisible by tensor parallel size" in record and "THU-KEG/AdaptThink#1" in record
     browser.shot("3-record")
     browser.key("Escape", 27)
     assert browser.until("!document.querySelector('dialog').open")
-    browser.click("article summary")
+    browser.click("article:first-child summary")
     assert re.search(r"cited\s+[\d.]+\s", browser.run(LAST))
     assert not browser.complaints()
 
@@ -236,7 +236,7 @@ def test_chinese_by_the_switch(browser, model):
     browser.type("#question", "")
     browser.type("#log", PASTE)
     browser.key("Enter", 13, modifiers=2)
-    browser.until("document.querySelector('article ul')")
+    browser.until("document.querySelector('article:first-child ul')")
     assert "依据记录回答" in browser.run(LAST) and "能整除注意力头数 E0014。" in browser.run(LAST)
     assert model.asked[-1]["messages"][0]["content"].endswith("Answer in Chinese."), "a paste has no language of its own"
     browser.shot("4-chinese")
@@ -250,7 +250,7 @@ def test_chinese_by_the_switch(browser, model):
 def test_what_is_not_known_and_what_is_not_supported(browser, model):
     browser.type("#log", "How do I bake bread with a sourdough starter?")
     browser.click("#ask")
-    browser.until("document.querySelector('article details')")
+    browser.until("document.querySelector('article:first-child details')")
     assert "Not in the knowledge base" in browser.run(LAST) and "The nearest records" in browser.run(LAST)
     assert browser.run("document.querySelectorAll('article:first-child .answer button.cite').length") == 5
     browser.shot("5-unknown")
@@ -258,7 +258,7 @@ def test_what_is_not_known_and_what_is_not_supported(browser, model):
     browser.type("#log", PASTE)
     browser.click("#ask")
     browser.until("document.querySelector('article').innerText.includes('no answer that a record supports')")
-    browser.until("document.querySelector('article ul')")
+    browser.until("document.querySelector('article:first-child ul')")
     assert "PWNED" not in browser.run(LAST)
 
 
@@ -267,9 +267,9 @@ def test_html_in_records_logs_and_answers_is_text(browser, model):
     model.reply = f"Escape {EVIL} it [E0900]."
     browser.type("#log", f"HtmlError: {EVIL}")
     browser.click("#ask")
-    browser.until("document.querySelector('article ul')")
-    assert "<img src=x" in browser.run("document.querySelector('article .answer').innerText")
-    browser.click("article .answer button.cite")
+    browser.until("document.querySelector('article:first-child ul')")
+    assert "<img src=x" in browser.run("document.querySelector('article:first-child .answer').innerText")
+    browser.click("article:first-child .answer button.cite")
     assert "<script>" in browser.until("document.querySelector('dialog').open && document.querySelector('dialog').innerText")
     assert browser.run("document.querySelectorAll('article img, article script, dialog img, dialog a').length") == 0
     browser.click("#close")
@@ -289,7 +289,7 @@ def test_stop_ends_the_answer_here_and_at_the_model(browser, model):
     model.go.set()
     model.reply = "Take a divisor of 40 [E0014]."
     browser.click("#ask")
-    browser.until("document.querySelector('article ul')")
+    browser.until("document.querySelector('article:first-child ul')")
 
 
 @pytest.mark.slow
