@@ -63,7 +63,7 @@ article { border-top: 1px solid var(--line); padding: 1rem 0; }
 .asked { max-height: 6rem; overflow: auto; background: var(--soft); border-radius: .5rem; padding: .5rem .7rem;
   font: 13px/1.45 ui-monospace, monospace; }
 .answer { margin: .75rem 0; }
-.status { font-weight: 600; }
+.status { font-weight: 600; margin-top: .75rem; }
 ul { padding-left: 1.2rem; margin: .3rem 0; }
 dialog { max-width: 46rem; width: calc(100% - 2rem); border: 1px solid var(--line); border-radius: .75rem; }
 dialog::backdrop { background: #0006; }
