@@ -26,6 +26,7 @@ import asyncio
 import contextlib
 import json
 import secrets
+import socket
 import sys
 import tempfile
 from asyncio.subprocess import PIPE
@@ -366,6 +367,10 @@ def main():
         log_level="warning",
         timeout_graceful_shutdown=2,
     )
+    try:
+        socket.create_server((args.host, args.port)).close()
+    except OSError as error:
+        sys.exit(f"chat_errors: {args.host}:{args.port}: {error.strerror}; give another --port")
     print(f"http://{args.host}:{args.port}/", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run()

@@ -29,6 +29,7 @@ import fcntl
 import hashlib
 import json
 import os
+import socket
 import sys
 import tempfile
 from asyncio.subprocess import PIPE
@@ -209,14 +210,15 @@ def build_parser():
 def main():
     args = build_parser().parse_args()
     server = build_server(Answerer(args.answers, args.flags), args.proposals)
-    try:
-        if args.http:
-            print(f"http://{args.host}:{args.http}/mcp", flush=True)
-            server.run("streamable-http", host=args.host, port=args.http, stateless_http=True)
-        else:
-            server.run("stdio")
-    except KeyboardInterrupt:
-        return
+    with contextlib.suppress(KeyboardInterrupt):
+        if not args.http:
+            return server.run("stdio")
+        try:
+            socket.create_server((args.host, args.http)).close()
+        except OSError as error:
+            sys.exit(f"mcp_errors: {args.host}:{args.http}: {error.strerror}; give --http another port")
+        print(f"http://{args.host}:{args.http}/mcp", flush=True)
+        server.run("streamable-http", host=args.host, port=args.http, stateless_http=True)
 
 
 if __name__ == "__main__":

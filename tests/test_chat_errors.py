@@ -183,6 +183,12 @@ def test_requests_of_programs(page, model):
     assert "".join(event.get("text", "") for event in events).startswith(model.reply) and len(events) > 5
 
 
+@pytest.mark.slow
+def test_a_taken_port_is_a_sentence(page, run_script):
+    taken = run_script("chat_errors.py", "--port", page)
+    assert (taken.returncode, taken.stderr) == (1, f"chat_errors: 127.0.0.1:{page}: Address already in use; give another --port\n")
+
+
 @pytest.fixture(scope="module")
 def browser(page, tmp_path_factory):
     if not CHROMIUM:
