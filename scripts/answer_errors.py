@@ -22,9 +22,10 @@ Each line of a paste is searched by words (BM25), because an embedding of a whol
 its BM25 score times the square root of the share of the record's words in it, half as much again when it names an exception; the best
 line counts. The cosine of that line and the record is added.
 
-Pasted text and records are data. Of a log the model sees only the sentences whose words stand in the records found, so that an order in it
-is not read at all; only ids that were in the prompt are left in the answer; and an answer that cites none, or of whose words
-less than a quarter stands in the records that it cites, is not shown: the fix of the best record takes its place, which is said.
+Pasted text and records are data. Of a log the model sees the one line that found the records, and of that the sentences whose words
+stand in them, so that an order in it is not read at all; only ids that were in the prompt are left in the answer; and an answer that cites
+none, or of whose words less than a quarter stands in the records that it cites, is not shown: the fix of the best record takes its place,
+which is said.
 
 A Milvus Lite database belongs to one process. `--serve` is that process for others: while it runs, questions to the same --uri go through
 it, by themselves. It answers a JSON line {"question", "log", "lang", …} by lines {"text"} or {"note"}, and {"result"} or {"error"} last.
@@ -298,22 +299,14 @@ def trim(part, told):
     return part[hits[0][0] : NO_LETTERS.match(part, hits[-1][1]).end()].strip() if hits else part
 
 
-def asked_for(question, log, best, records):
-    """Return what the model is told of a question: the person's own words, that is its first line, and of the rest the sentences of
-    which half stands in one of the records, trimmed to those words, the closest of the line that found these always among them."""
-    own, _, rest = question.strip().partition("\n")
-    told, weigh = [told_by([record]) for record in records], {}
-    for line in dict.fromkeys([best, *search_lines(f"{rest}\n{log}")]):
-        if line not in own:
-            found = {part.strip(): max(share(words_of(part), words) for words in told) for part in SENTENCE.split(line)}
-            if line == best:
-                found[max(found, key=found.get)] = 2
-            weigh |= {part: max(weight, weigh.get(part, 0)) for part, weight in found.items() if weight >= EVIDENCE}
-    order = sorted(weigh, key=weigh.get, reverse=True)
-    sizes = itertools.accumulate(len(part) for part in order)
-    kept = {part for part, size in zip(order, sizes, strict=True) if size <= PROMPT_CHARS} | set(order[:1])
-    parts = [own, *(trim(part, told_by(records)) for part in weigh if part in kept)]
-    return "\n".join(part[:PROMPT_CHARS] for part in parts if part)
+def asked_for(question, best, records):
+    """Return what the model is told of a question: the person's own words, that is its first line, and of the line that found the records
+    the sentences of which half stands in one of them, or the closest, trimmed to those words."""
+    own, told = question.strip().partition("\n")[0], [told_by([record]) for record in records]
+    shares = {part: max(share(words_of(part), words) for words in told) for part in SENTENCE.split(best)} if best not in own else {}
+    least = min(EVIDENCE, max(shares.values(), default=0))
+    found = " ".join(trim(part, told_by(records)) for part in shares if shares[part] >= least)
+    return "\n".join(text[:PROMPT_CHARS] for text in (own, found) if text)
 
 
 def prompt(asked, records, lang):
@@ -532,7 +525,7 @@ def respond(base, model, say, question, log="", lang="en", top_k=5, threshold=0.
     shown = kept[:PROMPT_RECORDS] if model else []
     said, held, cited = "", "", []
     if shown:
-        asked = asked_for(question, log, line, shown)
+        asked = asked_for(question, line, shown)
         for piece in keep_known(model.stream(prompt(asked, shown, lang)), {record["id"] for record in shown}, cited):
             said, held = said + piece, held + piece
             if grounded(said, shown):
