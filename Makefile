@@ -43,8 +43,8 @@ done = $(OUT)/$(1)/manifest.json
 LOCK := requirements$(if $(filter cuda,$(or $(BACKEND),$(if $(wildcard /proc/driver/nvidia/version),cuda))),,-cpu).txt
 ENVIRONMENT := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/stamp.json)
 
-# Files that the line `input: [a, b]` of a recipe names are prerequisites by time, whatever characters their names have
-named = $(shell sed -n 's/^input: *\[\(.*\)\].*/\1/p' $(R)/$(patsubst eval-%,eval,$(1)).yaml 2>/dev/null | tr ',' ' ')
+# Files that the lines `input: [a, b]` and `terms: c` of a recipe name are prerequisites by time, whatever characters their names have
+named = $(shell sed -nE 's/^(input|terms): *\[?([^]]*).*/\2/p' $(R)/$(patsubst eval-%,eval,$(1)).yaml 2>/dev/null | tr ',' ' ')
 newer = $(if $(shell find -L $(call named,$(1)) -newer $(call done,$(1)) -print -quit 2>&1),FORCE)
 # keep: the log of what follows, for `make why`
 keep = $(PYTHON3) scripts/explain_failure.py run --log $(OUT)/logs/$(1).log --
@@ -52,7 +52,7 @@ run = @echo "== $(notdir $(@D))" >&2; $(call keep,$(notdir $(@D))) $(PYTHON) scr
 
 .PHONY: FORCE help setup demo all table serve ask pretrain sft-preview eval eval-kb patch bench-sft-data bench-sft test lint lock snippets
 .PHONY: pretrain-plan tidy doctor clean-text dedup tokenizer tokens convert serve-pretrained base-model sft-data sft-gen sft kb serve-up
-.PHONY: serve-status serve-logs serve-down talk bench-serve chat mcp why
+.PHONY: serve-status serve-logs serve-down talk bench-serve chat mcp why bench-kb
 
 help:
 	@awk '/^## /{d=substr($$0,4);next} d&&/ \?= ?/{split($$0,a," [?]= ?");v[++n]=sprintf("  %-10s %-18s %s",a[1],a[2],d)} {d=""} \
@@ -168,8 +168,10 @@ $(call done,eval-before): $(R)/eval.yaml $(call newer,eval-before) $(R)/serve.ya
 $(call done,eval-after): $(R)/eval.yaml $(call newer,eval-after) $(R)/serve.yaml $(call done,sft) | $(ENVIRONMENT)
 	$(call evaluate,$(OUT)/sft)
 
-eval-kb: $(call done,kb) ## recall, MRR and latency of the retrieval, against BM25 and plain dense
-	@$(PYTHON) scripts/evaluate_retrieval.py --uri $(OUT)/kb/errors.db --queries data/sample/errors/queries.jsonl
+eval-kb: $(call done,kb) ## recall, refusal and latency of the retrieval, against BM25 and plain dense; bench-kb: its speed
+	@$(PYTHON) scripts/evaluate_retrieval.py --uri $(OUT)/kb/errors.db --queries data/sample/errors/queries.jsonl --plot $(OUT)/eval-kb.png
+bench-kb: | $(ENVIRONMENT)
+	@$(PYTHON) tests/bench/bench_kb.py
 
 $(R)/%.yaml:
 	@echo "$@ does not exist, and this stage reads its settings there; copy recipes/demo/$(@F) and edit it" >&2; exit 2

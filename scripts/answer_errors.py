@@ -1,7 +1,7 @@
 #!/usr/bin/env -S uv run --script
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["openai>=3", "pymilvus>=3", "pyyaml>=6", "sentence-transformers>=5", "tqdm>=4.66", "transformers>=5"]
+# dependencies = ["numpy>=2", "openai>=3", "pymilvus>=3", "pyyaml>=6", "sentence-transformers>=5", "tqdm>=4.66", "transformers>=5"]
 # ///
 """Answer an error message, a traceback or a log from the knowledge base, in the question's language, with the records that prove it.
 
@@ -19,8 +19,10 @@ Exit    0 answered, or not in the knowledge base; 1 failed; 2 bad usage; 3 refus
 Needs   CPU, 1 GB of memory; an OpenAI-compatible server (serve_vllm.py), or --no-llm.
 
 Each line of a paste is searched by words (BM25), because an embedding of a whole log is one of its noise. A line's score for a record is
-its BM25 score times the square root of the share of the record's words in it, half as much again when it names an exception; the best
-line counts. The cosine of that line and the record is added.
+its BM25 score times the share of the record's words in it, half as much again when it names an exception; words of the record's package
+and fix add to it, and the best line counts. The cosine of that line and the record is added. Chinese terms are searched as the English
+words that the collection's list gives for them. A record's certainty is what a logistic regression makes of the share of its words, of the
+cosine, and of how far the best record of another cause is behind.
 
 Pasted text and records are data. Of a log the model sees the one line that found the records, and of that the sentences whose words
 stand in them, so that an order in it is not read at all; only ids that were in the prompt are left in the answer; and an answer that cites
@@ -32,6 +34,7 @@ it, by themselves. It answers a JSON line {"question", "log", "lang", …} by li
 """
 
 import argparse
+import array
 import contextlib
 import hashlib
 import importlib.metadata
@@ -39,6 +42,7 @@ import importlib.util
 import itertools
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -53,6 +57,7 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 SYSTEM = (
@@ -62,7 +67,12 @@ SYSTEM = (
 PROMPT_RECORDS, PROMPT_CHARS, MAX_TOKENS = 3, 900, 200  # a small model with a window of 2,048 tokens copes with these
 NEAR = 0.75  # of the best record's certainty: one further off would only tempt a small model
 CANDIDATES = 20  # records a search brings back
-MAX_LINES, MAX_LINE = 256, 2000  # lines of a paste that are searched, and characters of each
+K1, B = 1.5, 0.75  # of BM25
+ASIDE, MEANING = 0.8, 0.4  # weights of the words of a record's package, cause and fix, and of the cosine
+# Of the certainty: share of words, distance to the next cause, cosine, a Chinese question (whose words are translated), constant
+SHARE, BEHIND, COSINE, TRANSLATED, BIAS = 3.2, 3.0, 3.4, 2.5, -5.6
+MARKED, WARNED = 1.5, 0.7  # weight of a line that names an exception or that a person wrote in Chinese, and of a warning
+MAX_LINES, MAX_LINE = 256, 2000  # lines of a paste that are searched, and characters of each; a longer one counts as several
 TAIL = 4_000_000  # bytes of a file that are read, from its end
 EVIDENCE = 0.5  # of a sentence's words stand in one record, or the model does not see the sentence
 GROUNDED = 0.25  # of an answer's words stand in the records that it cites, or it is not shown
@@ -253,10 +263,11 @@ def search_lines(text):
     """Return the lines of a paste worth searching, in order: none that is logged as INFO or DEBUG, each once whatever its digits,
     and of a long log the exceptions first, then the latest."""
     lines = {}
-    for line in text.splitlines():
-        level = LEVEL.search(line)
-        if line.strip() and (EXCEPTION.search(line) or not level or level[1] not in ("TRACE", "DEBUG", "INFO")):
-            lines[re.sub(r"\d+", "0", line.strip())] = line.strip()[:MAX_LINE]
+    for whole in text.splitlines():
+        level = LEVEL.search(whole[:MAX_LINE])
+        for line in (whole[at : at + MAX_LINE].strip() for at in range(0, len(whole), MAX_LINE)):
+            if line and (EXCEPTION.search(line) or not level or level[1] not in ("TRACE", "DEBUG", "INFO")):
+                lines[re.sub(r"\d+", "0", line)] = line
     lines = list(lines.values()) or [text.strip()[:MAX_LINE]]
     latest = sorted(range(len(lines)), key=lambda at: (bool(EXCEPTION.search(lines[at])), at))[-MAX_LINES:]
     return [lines[at] for at in sorted(latest)]
@@ -349,6 +360,52 @@ def keep_known(pieces, known, cited):
         held = held[end:]
 
 
+class Words:
+    """An inverted index of texts: BM25 scores, and the share of a text's words that a query has. Neighbouring words count as one word more.
+
+    It is kept here, not in Milvus, because refusing takes shares, because Milvus Lite weighs words a segment at a time and searches
+    for one line after the other, and so that all servers give one result. A million words take 40 MB."""
+
+    def __init__(self, texts):
+        """`texts`: words, separated by spaces."""
+        self.vocabulary, flat, sizes = {}, array.array("q"), []
+        for text in texts:
+            words = text.split()
+            flat.extend(self.vocabulary.setdefault(word, len(self.vocabulary)) for word in words)
+            sizes.append(len(words))
+        self.size, sizes, owners = len(sizes), np.array(sizes), np.repeat(np.arange(len(sizes)), sizes)
+        words, together = np.array(flat, dtype=np.int64), owners[1:] == owners[:-1]
+        terms = np.concatenate([words, self.pairs(words)[together]])
+        owners = np.concatenate([owners, owners[1:][together]])
+        self.terms, number = np.unique(terms, return_inverse=True)
+        postings, count = np.unique(number * self.size + owners, return_counts=True)
+        number, self.owners = np.divmod(postings, self.size)
+        self.starts = np.searchsorted(number, np.arange(len(self.terms) + 1))
+        held = np.diff(self.starts)
+        rarity = np.log((self.size - held + 0.5) / (held + 0.5) + 1)[number]
+        length = np.bincount(owners, minlength=self.size)
+        damping = K1 * (1 - B + B * length / max(length.sum() / max(self.size, 1), 1))
+        self.weights = rarity * count * (K1 + 1) / (count + damping[self.owners])
+        self.shares = rarity**2  # a rare word says more than several common ones
+        self.shares /= np.bincount(self.owners, self.shares, self.size)[self.owners]
+
+    def pairs(self, words):
+        return (words[:-1] + 1) * len(self.vocabulary) + words[1:]
+
+    def match(self, text):
+        """Return for all texts their BM25 scores and the shares of their words that `text` has, 0 to 1; both [texts]."""
+        words = np.array([self.vocabulary.get(word, -1) for word in text.split()], dtype=np.int64)
+        pairs = self.pairs(words)[(words[:-1] >= 0) & (words[1:] >= 0)]
+        terms = np.unique(np.concatenate([words[words >= 0], pairs]))
+        at = np.searchsorted(self.terms, terms)
+        at = at[self.terms[np.minimum(at, len(self.terms) - 1)] == terms] if len(self.terms) else at[:0]
+        spans = [slice(self.starts[n], self.starts[n + 1]) for n in at]
+        if not spans:
+            return np.zeros(self.size), np.zeros(self.size)
+        owners = np.concatenate([self.owners[span] for span in spans])
+        return tuple(np.bincount(owners, np.concatenate([of[span] for span in spans]), self.size) for of in (self.weights, self.shares))
+
+
 class KnowledgeBase:
     """The collection of load_milvus.py, with the embedding model that it was made with."""
 
@@ -370,12 +427,32 @@ class KnowledgeBase:
         made = self.client.describe_collection(collection)["properties"] if self.client.has_collection(collection) else {}
         if "kb.embedder" not in made:
             fail(f"{uri} has no collection {collection!r} of load_milvus.py but {self.client.list_collections()}; look at --collection")
-        name = embed_model or made["kb.embedder"]
-        self.pattern, self.embed = re.compile(made["kb.tokens"]), load_embedder(name)
-        theirs, ours = [float(x) for x in made["kb.fingerprint"].split()], self.embed([made["kb.probe"]])[0]
+        name, prompts = embed_model or made["kb.embedder"], [made.get("kb.query_prompt", ""), made.get("kb.record_prompt", "")]
+        self.pattern, self.embed = re.compile(made["kb.tokens"]), load_embedder(name, prompts[0], made.get("kb.pooling"))
+        theirs, ours = [float(x) for x in made["kb.fingerprint"].split()], self.embed([made["kb.probe"]], prompts[1])[0]
         if str(len(ours)) != made["kb.dimension"] or any(abs(a - b) > 0.01 for a, b in zip(theirs, ours, strict=False)):
             fail(f"{collection} holds vectors of {made['kb.embedder']}, and {name} gives others; leave --embed-model out", 3)
+        self.terms = dict(line.split("\t") for line in filter(None, made.get("kb.terms", "").split("\n")))
+        self.term = re.compile("|".join(map(re.escape, sorted(self.terms, key=len, reverse=True))) or "(?!)")
         self.client.load_collection(collection)
+        self.read()
+
+    def read(self):
+        """Read the words and labels of all records: for each a line about it and a line for each wording of its error."""
+        asides, wordings, counts, self.ids, self.causes = [], [], [], [], []
+        pages = self.client.query_iterator(self.collection, batch_size=2000, output_fields=["id", "search_text", "meta"])
+        while page := pages.next():
+            for row in page:
+                aside, *texts = row["search_text"].split("\n")
+                texts = texts or [""]
+                asides.append(aside)
+                wordings += texts
+                counts.append(len(texts))
+                self.ids.append(row["id"])
+                self.causes.append({texts[0], *labels(row)})
+        self.asides, self.wordings = Words(asides), Words(wordings)
+        self.firsts, self.owners = np.cumsum([0, *counts[:-1]]), np.repeat(np.arange(len(counts)), counts)
+        self.numbers = {name: number for number, name in enumerate(self.ids)}
 
     def digest(self):
         """Return a hash of all records' ids and contents."""
@@ -384,60 +461,97 @@ class KnowledgeBase:
             digest.update(json.dumps([[row["id"], row["hash"]] for row in batch]).encode())
         return digest.hexdigest()
 
+    def english(self, text):
+        """Return text with the English words of the Chinese terms that the collection's list has."""
+        return self.term.sub(lambda match: f" {self.terms[match[0]]} ", text)
+
     def words(self, text):
         return " ".join("".join(groups) for groups in self.pattern.findall(text) if any(groups)).lower()
 
-    def hits(self, field, data, limit=CANDIDATES):
-        """Return for each query a list of (id, score, search_text). Milvus Lite gives BM25 scores with a minus."""
-        if not data:
-            return []
-        found = self.client.search(self.collection, data=data, anns_field=field, limit=limit, output_fields=["search_text"])
-        return [[(hit["id"], abs(hit["distance"]), hit["entity"]["search_text"]) for hit in hits] for hits in found]
+    def match(self, lines):
+        """Return for all records their score, the share of their words that was found, and the line of the best score; each [records]."""
+        records = len(self.ids)
+        scores, shares, best = np.zeros(records), np.zeros(records), np.full(records, -1)
+        for number, line in enumerate(lines):
+            words, level = self.words(self.english(line)), LEVEL.search(line)
+            marked = EXCEPTION.search(line) or CHINESE.search(line)
+            weight = MARKED if marked else WARNED if level and level[1].startswith("WARN") else 1.0
+            score, share = self.wordings.match(words)
+            score *= share
+            if len(self.owners) > records:  # the best wording of each record
+                most = np.maximum.reduceat(score, self.firsts)
+                score, share = most, np.maximum.reduceat(np.where(score == most[self.owners], share, 0), self.firsts)
+            score = weight * (score + ASIDE * self.asides.match(words)[0])
+            better = score > scores
+            scores[better], shares[better], best[better] = score[better], share[better], number
+        return scores, shares, best
 
-    def search(self, text, limit):
-        """Return (records, best first, with `score` and `certainty` from 0 to 2; the line that found them; seconds of embedding)."""
-        lines = search_lines(text)
-        queries = {line: query for line in lines if (query := self.words(line))}
-        lexical, shares, best = {}, {}, (-1.0, lines[-1])
-        for (line, query), hits in zip(queries.items(), self.hits("sparse", list(queries.values())), strict=True):
-            said, weight = set(query.split()), 1.5 if EXCEPTION.search(line) else 1.0
-            for name, score, indexed in hits:
-                told = set(indexed.split())
-                share = len(said & told) / len(told)
-                score *= weight * share**0.5
-                if score > lexical.get(name, 0.0):
-                    lexical[name], shares[name] = score, share
-                best = max(best, (score, line))
+    def search(self, text, limit, hidden=None):
+        """Return (records, best first, with `score` and `certainty` from 0 to 1; the line that found them; seconds of embedding).
+
+        `hidden`: a label whose records are left out, as if the base did not have them."""
+        lines = search_lines(text.encode(errors="replace").decode())
+        scores, shares, best = self.match(lines)
+        if hidden:
+            scores[[hidden in causes for causes in self.causes]] = 0
+        first = int(scores.argmax()) if len(scores) else 0
+        line = best[first] if len(scores) and best[first] >= 0 else len(lines) - 1
         start = time.perf_counter()
-        vector = self.embed([best[1]])[0]
+        vector = self.embed([self.english(lines[line])])[0]
         seconds = time.perf_counter() - start
-        names = {name for name, _, _ in self.hits("vector", [vector.tolist()])[0]}
-        names |= set(sorted(lexical, key=lexical.get, reverse=True)[: 2 * CANDIDATES])
+        near = self.client.search(self.collection, data=[vector.tolist()], anns_field="vector", limit=CANDIDATES)[0]
+        names = {hit["id"] for hit in near} | {self.ids[n] for n in largest(scores, 2 * CANDIDATES)}
         fields = ["id", "error", "cause", "fix", "package", "source", "meta", "vector"]
-        records = self.client.get(self.collection, ids=sorted(names), output_fields=fields)
-        most = max(lexical.values(), default=1.0) or 1.0
+        records = self.client.get(self.collection, ids=sorted(names), output_fields=fields) if names else []
+        most = scores.max(initial=0) or 1.0
+        records = [record for record in records if hidden not in labels(record)]
         for record in records:
-            cosine = float(vector @ record.pop("vector"))
-            record["score"] = lexical.get(record["id"], 0.0) / most + cosine
-            record["certainty"] = shares.get(record["id"], 0.0) + cosine
-        return sorted(records, key=lambda record: (-record["score"], record["id"]))[:limit], best[1], seconds
+            number = self.numbers.get(record["id"])
+            record["cosine"] = float(vector @ np.array(record.pop("vector"), dtype=np.float32))
+            record["lexical"] = 0.0 if number is None else float(scores[number])
+            record["share"] = 0.0 if number is None else float(shares[number])
+            record["score"] = record["lexical"] / most + MEANING * record["cosine"]
+        records.sort(key=lambda record: (-record["score"], record["id"]))
+        translated = bool(CHINESE.search(lines[line]) and not EXCEPTION.search(lines[line]))
+        causes = {record["id"]: self.causes[self.numbers[record["id"]]] if record["id"] in self.numbers else set() for record in records}
+        for record in records[:limit]:
+            rivals = [rival["lexical"] for rival in records if not causes[rival["id"]] & causes[record["id"]]]
+            record["certainty"] = certainty(record, max(rivals, default=0.0), translated)
+        return records[:limit], lines[line], seconds
 
     def ranking(self, method, text, limit):
-        """Return ([id, labels] of the records that `method` finds, seconds of embedding): lines (ours), bm25 or dense (the whole text)."""
+        """Return ([id, labels, certainty or score] of the records that `method` finds, seconds of embedding): lines (ours), bm25 or dense
+        (the whole text)."""
         seconds = 0.0
         if method == "lines":
             records, _, seconds = self.search(text, limit)
-        elif method == "bm25":
-            names = [hit[0] for hits in self.hits("sparse", [self.words(text)], limit) for hit in hits]
+            return [[record["id"], labels(record), record["certainty"]] for record in records], seconds
+        if method == "bm25":
+            scores = np.maximum.reduceat(self.wordings.match(self.words(text))[0], self.firsts) if self.ids else np.zeros(0)
+            sure = dict(sorted(((self.ids[n], float(scores[n])) for n in largest(scores, limit)), key=lambda item: -item[1]))
         else:
             start = time.perf_counter()
             vector = self.embed([text])[0].tolist()
             seconds = time.perf_counter() - start
-            names = [hit[0] for hit in self.hits("vector", [vector], limit)[0]]
-        if method != "lines":
-            found = self.client.get(self.collection, ids=names, output_fields=["id", "meta"])
-            records = sorted(found, key=lambda record: names.index(record["id"]))
-        return [[record["id"], labels(record)] for record in records], seconds
+            hits = self.client.search(self.collection, data=[vector], anns_field="vector", limit=limit)[0]
+            sure = {hit["id"]: float(hit["distance"]) for hit in hits}
+        found = self.client.get(self.collection, ids=list(sure), output_fields=["id", "meta"]) if sure else []
+        names = {record["id"]: labels(record) for record in found}
+        return [[name, names[name], value] for name, value in sure.items() if name in names], seconds
+
+
+def largest(scores, count):
+    """Return the places of the `count` largest of the scores above 0, in no order."""
+    places = np.argpartition(-scores, count)[:count] if len(scores) > count else np.arange(len(scores))
+    return places[scores[places] > 0]
+
+
+def certainty(record, rival, translated):
+    """Return how sure it is, 0 to 1, that a record tells of the error asked for; `rival`: the best lexical score of another cause.
+
+    The weights are a logistic regression's: known errors against the same with their records hidden (evaluate_retrieval.py)."""
+    behind = max(0.0, 1 - rival / record["lexical"]) if record["lexical"] else 0.0
+    return 1 / (1 + math.exp(-(BIAS + SHARE * record["share"] + BEHIND * behind + COSINE * record["cosine"] + TRANSLATED * translated)))
 
 
 def labels(record):
@@ -446,8 +560,10 @@ def labels(record):
     return [record["id"], *([tags] if isinstance(tags, str) else tags), *filter(None, [record["meta"].get("group")])]
 
 
-def load_embedder(name):
-    """Return a function from texts to unit vectors, [texts, dimension]. `name`: a folder, a hub name, or package:NAME."""
+def load_embedder(name, prompt, pooling):
+    """Return a function from texts, and a prompt before each, to unit vectors, [texts, dimension].
+
+    `name`: a folder, a hub name, or package:NAME; `prompt`: the one before queries; `pooling`: in place of the model's own, or empty."""
     path = name
     if name.startswith("package:"):
         package = importlib.util.find_spec(name.removeprefix("package:"))
@@ -464,7 +580,9 @@ def load_embedder(name):
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         fail(f"no embedding model {name!r} ({reason}); give --embed-model the folder or package where the collection's model is now")
-    return lambda texts: model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+    if pooling:
+        model[1].pooling_mode = pooling
+    return lambda texts, prompt=prompt: model.encode(texts, prompt=prompt, normalize_embeddings=True, show_progress_bar=False)
 
 
 class NoModel(Exception):
@@ -714,7 +832,8 @@ def answer_file(args, base, model):
 
 
 def rank_file(args, base):
-    """Print for each query of --input one line with the ids that each method finds, labelled, and its milliseconds."""
+    """Print for each query of --input one line with the ids that each method finds, labelled, and its milliseconds; for a query with a
+    `group` also how certain the best record would be without those of the group."""
     for entry in tqdm(read_objects(args.input, "text"), disable=not sys.stderr.isatty()):
         result = {"qid": entry.get("qid")}
         for method in args.rank:
@@ -722,6 +841,9 @@ def rank_file(args, base):
             found, embedding = base.ranking(method, entry["text"], args.top_k)
             total = time.perf_counter() - start
             result[method] = {"found": found, "search_ms": 1000 * (total - embedding), "embed_ms": 1000 * embedding}
+            if method == "lines" and entry.get("group"):
+                nearest = base.search(entry["text"], 1, entry["group"])[0]
+                result[method]["without"] = nearest[0]["certainty"] if nearest else 0.0
         print(json.dumps(result, ensure_ascii=False))
 
 
@@ -741,7 +863,7 @@ def build_parser():
     add("--llm", action=argparse.BooleanOptionalAction, default=True, help="--no-llm: ask no model, give the best record's fix itself")
     add("--lang", choices=tuple(WORDS), default="en", help="of the answer to a paste without Chinese (default: en)")
     add("--top-k", type=int, default=5, metavar="N", help="records to retrieve (default: 5)")
-    add("--threshold", type=float, default=0.9, help="certainty, 0 to 2, below which it is not known (default: 0.9)")
+    add("--threshold", type=float, default=0.5, help="certainty, 0 to 1, below which it is not known (default: 0.5)")
     add("--json", action=argparse.BooleanOptionalAction, default=False, help="print one JSON object")
     add("--explain", action=argparse.BooleanOptionalAction, default=False, help="show what was retrieved, kept, prompted, cited; scores")
     add("--serve", action="store_true", help="answer for others, until standard input ends; see above")

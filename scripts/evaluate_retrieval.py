@@ -1,21 +1,24 @@
 #!/usr/bin/env -S uv run --script
 # /// script
 # requires-python = ">=3.11"
-# dependencies = []
+# dependencies = ["matplotlib>=3.8"]
 # ///
-"""Measure how well answer_errors.py finds the right record: recall@1 and @5, MRR and latency, against plain BM25 and plain embeddings.
+"""Measure how well answer_errors.py finds the right record and refuses when there is none, against plain BM25 and plain embeddings.
 
 Usage:
     python scripts/evaluate_retrieval.py --queries data/sample/errors/queries.jsonl --uri data/out/demo/kb/errors.db
-    python scripts/evaluate_retrieval.py --queries Q.jsonl --records R.jsonl --distractors X.jsonl --noise 50 --json
+    python scripts/evaluate_retrieval.py --queries Q.jsonl --records R.jsonl --distractors X.jsonl --noise 50 --plot retrieval.png
     make eval-kb
 
 Reads   queries {"qid", "text", "group", "type"?}: right is a record whose id, tag or group is `group`; the base at --uri, or records (and
         distractors, which are never right) that load_milvus.py loads into a temporary Milvus Lite base first.
-Writes  a table on standard output, or one JSON object with --json, which also has the figures by `type` and the queries missed.
+Writes  a table on standard output, or one JSON object with --json, which also has the figures by `type` and the queries missed; --plot.
 Exit    0 done; 1 failed; 2 bad usage.
 Needs   load_milvus.py and answer_errors.py, beside this file or in --scripts; CPU, 1 GB of memory; 30 s, and 1 s for 30 records.
 
+Refusal: each query is asked once more with its right records hidden, as an error that the base does not know; what is similar stays in
+it. AUC is the chance that a known error gets a higher certainty than an unknown one (for the plain methods: a higher score); at the
+threshold, the shares of known errors that are answered and of unknown ones that are refused.
 --noise N puts N lines of a training or serving log around each query: half of them are no INFO lines, and name errors and packages too.
 """
 
@@ -91,6 +94,13 @@ def figures(found, queries):
     return {"queries": len(ranks)} | share | {"mrr": mrr, "missed": [qid for qid, rank in ranks.items() if rank != 1]}
 
 
+def refusal(known, unknown, threshold):
+    """Return the AUC of telling known from unknown by these numbers, and with a threshold the shares answered and refused rightly."""
+    pairs = [(a > b) + (a == b) / 2 for a in known for b in unknown]
+    shares = {"answered": [a >= threshold for a in known], "refused": [b < threshold for b in unknown]} if threshold is not None else {}
+    return {"auc": round(statistics.mean(pairs), 4)} | {name: round(statistics.mean(rights), 4) for name, rights in shares.items()}
+
+
 def percentiles(values):
     """Return p50 and p99, in the values' unit, by the nearest rank."""
     ordered = sorted(values)
@@ -104,24 +114,30 @@ def run(script, *arguments):
 
 
 def evaluate(args, folder):
-    """Return {method: figures with latency and figures by type}; `folder` takes the temporary base and the queries with noise."""
+    """Return {method: figures with latency, refusal and figures by type}; `folder` takes the temporary base and the noisy queries."""
     queries, rng = read_queries(args.queries), random.Random(args.seed)
     uri = args.uri or str(folder / "kb" / "errors.db")
     if not args.uri:
-        model = ["--embed-model", args.embed_model] if args.embed_model else []
-        inputs = [*args.records, *args.distractors]
-        run(args.scripts / "load_milvus.py", "--input", *inputs, "--output", folder / "kb", *model)
-    noisy = [{"qid": qid, "text": surround(query["text"], args.noise, rng)} for qid, query in queries.items()]
+        options = ["--embed-model", args.embed_model] if args.embed_model else []
+        options += ["--terms", args.terms] if args.terms else []
+        run(args.scripts / "load_milvus.py", "--input", *args.records, *args.distractors, "--output", folder / "kb", *options)
+    noisy = [query | {"text": surround(query["text"], args.noise, rng)} for query in queries.values()]
     (folder / "queries.jsonl").write_text("".join(json.dumps(query) + "\n" for query in noisy), encoding="utf-8")
     search = ["--uri", uri, "--collection", args.collection, "--input", folder / "queries.jsonl", "--top-k", 20, "--rank", *METHODS]
     ranked = [json.loads(line) for line in run(args.scripts / "answer_errors.py", *search).splitlines()]
     report = {}
     for method in METHODS:
-        found = {row["qid"]: [names for _, names in row[method]["found"]] for row in ranked}
-        by_type = defaultdict(dict)
-        for qid, records in found.items():
-            by_type[queries[qid].get("type", "")][qid] = records
+        found = {row["qid"]: [names for _, names, _ in row[method]["found"]] for row in ranked}
+        by_type, known, unknown = defaultdict(dict), [], []
+        for row in ranked:
+            qid, records = row["qid"], row[method]["found"]
+            by_type[queries[qid].get("type", "")][qid] = found[qid]
+            others = [sure for _, names, sure in records if queries[qid]["group"] not in names]
+            known.append(records[0][2] if records else 0.0)
+            unknown.append(row[method].get("without", others[0] if others else 0.0))
         report[method] = figures(found, queries) | {
+            "refusal": refusal(known, unknown, args.threshold if method == "lines" else None),
+            "certainty": {"known": known, "unknown": unknown},
             "search_ms": percentiles([row[method]["search_ms"] for row in ranked]),
             "embed_ms": percentiles([row[method]["embed_ms"] for row in ranked]),
             "by_type": {name: figures(part, queries) for name, part in sorted(by_type.items())},
@@ -130,12 +146,40 @@ def evaluate(args, folder):
 
 
 def table(report):
-    rows = [("method", "queries", "recall@1", "recall@5", "MRR", "search p50 / p99 ms", "embed p50 / p99 ms")]
+    times = ("search p50 / p99 ms", "embed p50 / p99 ms")
+    rows = [("method", "queries", "recall@1", "recall@5", "MRR", "refusal AUC", "answered / refused", *times)]
     for method, of in report.items():
         times = (f"{of[name]['p50']:.1f} / {of[name]['p99']:.1f}" for name in ("search_ms", "embed_ms"))
-        rows.append((method, of["queries"], *(f"{of[name]:.3f}" for name in ("recall_at_1", "recall_at_5", "mrr")), *times))
+        refused = "{answered:.3f} / {refused:.3f}".format(**of["refusal"]) if "answered" in of["refusal"] else ""
+        shares = (f"{of[name]:.3f}" for name in ("recall_at_1", "recall_at_5", "mrr"))
+        rows.append((method, of["queries"], *shares, f"{of['refusal']['auc']:.3f}", refused, *times))
     widths = [max(len(str(row[at])) for row in rows) for at in range(len(rows[0]))]
     return "\n".join("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def plot(report, threshold, path):
+    """Draw recall@1 by type of query for each method, and the certainty of known and of unknown errors."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    types = list(report["lines"]["by_type"])
+    for at, (method, of) in enumerate(report.items()):
+        shares = [of["by_type"][name]["recall_at_1"] for name in types] + [of["recall_at_1"]]
+        bars = left.bar([n + 0.27 * (at - 1) for n in range(len(shares))], shares, 0.25, label=method)
+        left.bar_label(bars, [f"{share:.2f}" for share in shares], fontsize=7)
+    counts = [report["lines"]["by_type"][name]["queries"] for name in types] + [report["lines"]["queries"]]
+    left.set_xticks(range(len(counts)), [f"{name or 'query'}\n{count}" for name, count in zip([*types, "all"], counts, strict=True)])
+    left.set(ylabel="recall@1", ylim=(0, 1.12))
+    left.legend(loc="lower right")
+    for name, values in report["lines"]["certainty"].items():
+        right.hist(values, bins=20, range=(0, 1), alpha=0.6, label=f"{name} errors")
+    right.axvline(threshold, color="black", linestyle=":", label=f"threshold {threshold}")
+    right.set(xlabel="certainty of the best record", ylabel="queries", title=f"refusal AUC {report['lines']['refusal']['auc']:.3f}")
+    right.legend()
+    figure.savefig(path, dpi=120)
 
 
 def build_parser():
@@ -149,6 +193,9 @@ def build_parser():
     add("--records", nargs="+", default=[], metavar="PATH", help="records for a temporary base")
     add("--distractors", nargs="+", default=[], metavar="PATH", help="more records, none of them right for any query")
     add("--embed-model", metavar="MODEL", help="for the temporary base (default: that of load_milvus.py)")
+    add("--terms", metavar="FILE.tsv", help="Chinese terms for the temporary base")
+    add("--threshold", type=float, default=0.5, help="certainty below which answer_errors.py refuses (default: 0.5, as there)")
+    add("--plot", metavar="FILE.png", help="draw recall@1 by type and the certainties")
     add("--noise", type=int, default=0, metavar="N", help="lines of log around each query (default: 0)")
     add("--seed", type=int, default=0, help="of the noise (default: 0)")
     add("--scripts", type=Path, default=Path(__file__).resolve().parent, metavar="DIR", help="default: the folder of this file")
@@ -166,6 +213,8 @@ def main():
             parser.error(f"{name} is not in {args.scripts}; --scripts names its folder")
     with tempfile.TemporaryDirectory(prefix="retrieval-") as folder:
         report = evaluate(args, Path(folder))
+    if args.plot:
+        plot(report, args.threshold, args.plot)
     print(json.dumps(report, ensure_ascii=False, indent=1) if args.json else table(report))
 
 

