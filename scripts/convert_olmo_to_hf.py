@@ -2,6 +2,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
+#   "accelerate>=1",
 #   "ai2-olmo==0.6.0",
 #   "ai2-olmo-core>=3",
 #   "deepspeed>=0.19",
@@ -31,9 +32,9 @@ Writes  OUTPUT/model-0000k-of-0000n.safetensors and index, config.json, generati
         (model card), then OUTPUT/manifest.json, last. Until the comparison is passed all of it stands in OUTPUT/.unverified/.
         With --reverse, OUTPUT/model_and_optim/ and config.json as olmo-core reads them: weights to go on from, without an optimizer.
 Exit    0 done or up to date; 1 failed: OUTPUT holds nothing new; 2 bad usage; 3 refused, OUTPUT holds another run.
-Needs   CPU only, no network. Writing takes some 340 MB of memory whatever the model's size; --reverse 0.8 GB and two of its tensors,
-        DeepSpeed's own tool the whole model. The comparison holds the model twice, in float32, or where that is more than is free,
-        the embeddings and one layer of each model of the OLMo packages; --skip-validation leaves it out.
+Needs   CPU only, no network. Without the comparison some 370 MB of memory whatever the size of model.pt, 600 for olmo-core's; --reverse
+        0.8 GB and two of its tensors, DeepSpeed's own tool the whole model. The comparison holds the model twice, in float32, or
+        where that is more than is free, the embeddings and one layer of each; --skip-validation leaves it out.
 """
 
 import argparse
@@ -62,16 +63,18 @@ import time
 import warnings
 import zipfile
 from collections import Counter, OrderedDict, namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # torch's word -> safetensors' word
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1}
 STORAGES = {"Float": "float32", "BFloat16": "bfloat16", "Half": "float16", "Double": "float64", "Long": "int64", "Int": "int32"}
 STORAGES |= {"Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool"}  # the word in torch's pickles -> torch's word
-PIECE = 32 * 2**20  # bytes in memory at a time
+PIECE = 8 * 2**20  # bytes in memory at a time
 BOUND = 1e-5  # of the largest |logit|; 0 was seen for every family, another machine's kernels may round otherwise
 PADDING = 512  # a vocabulary may be larger than its tokenizer by less than this: padded for speed
 ROW = 512  # tokens in a compared row
+LAYER = re.compile(r".*?\.\d+(?=\.)")  # the part of a weight's name that is its layer's
 PROMPT = "The purpose of this document is to"
 SAMPLES = (
     "The quick brown fox jumps over the lazy dog. It's 3.14159 (or so), isn't it?",
@@ -81,40 +84,25 @@ SAMPLES = (
     "  leading, trailing and double  spaces  ",
     "https://example.org/a?b=c&d=e#f user@example.org 1,234,567.89 <b>html</b> {json: [1, 2]}",
 )
+RELOAD = """
+import json, sys
+sys.modules["torch"] = None  # beside torch, AutoConfig and AutoTokenizer import the code of all models: 300 MB
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+keys, texts = json.load(sys.stdin)
+config, generation, tokenizer = (kind.from_pretrained(sys.argv[1]) for kind in (AutoConfig, GenerationConfig, AutoTokenizer))
+found = {key: getattr(config, key, None) for key in keys}
+found |= {"generation " + key: getattr(generation, key) for key in ("eos_token_id", "pad_token_id")}
+json.dump([found, tokenizer.eos_token_id, [tokenizer(text)["input_ids"] for text in texts]], sys.stdout)
+"""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 # The settings that decide the arithmetic, with the values that ai2-olmo 0.6.0 takes where an older config.yaml has no such key
-MODEL_DEFAULTS = {
-    "d_model": 768,
-    "n_layers": 12,
-    "n_heads": 12,
-    "n_kv_heads": None,
-    "multi_query_attention": None,
-    "mlp_ratio": 4,
-    "mlp_hidden_size": None,
-    "activation_type": "swiglu",
-    "block_type": "sequential",
-    "block_group_size": 1,
-    "alibi": False,
-    "rope": False,
-    "rope_theta": 10_000,
-    "clip_qkv": None,
-    "attention_layer_norm": False,
-    "attention_layer_norm_with_affine": True,
-    "embedding_layer_norm": False,
-    "layer_norm_type": "default",
-    "layer_norm_with_affine": True,
-    "layer_norm_eps": 1e-5,
-    "norm_after": False,
-    "include_bias": True,
-    "bias_for_layer_norm": None,
-    "scale_logits": False,
-    "max_sequence_length": 1024,
-    "vocab_size": 50257,
-    "embedding_size": 50304,
-    "weight_tying": True,
-    "eos_token_id": 50256,
-    "pad_token_id": 50256,
-}
+MODEL_DEFAULTS = {"d_model": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": None, "multi_query_attention": None, "mlp_ratio": 4}
+MODEL_DEFAULTS |= {"mlp_hidden_size": None, "activation_type": "swiglu", "block_type": "sequential", "block_group_size": 1}
+MODEL_DEFAULTS |= {"alibi": False, "rope": False, "rope_theta": 10_000, "clip_qkv": None, "attention_layer_norm": False}
+MODEL_DEFAULTS |= {"attention_layer_norm_with_affine": True, "embedding_layer_norm": False, "layer_norm_type": "default"}
+MODEL_DEFAULTS |= {"layer_norm_with_affine": True, "layer_norm_eps": 1e-5, "norm_after": False, "include_bias": True}
+MODEL_DEFAULTS |= {"bias_for_layer_norm": None, "scale_logits": False, "max_sequence_length": 1024, "vocab_size": 50257}
+MODEL_DEFAULTS |= {"embedding_size": 50304, "weight_tying": True, "eos_token_id": 50256, "pad_token_id": 50256}
 
 # What a config.json of olmo-core says where a Hugging Face class can compute nothing else (None: no such key). Of its other settings
 # those below change no forward pass; any other one that is not false is refused.
@@ -151,6 +139,9 @@ TIED = {"transformer.wte.weight": "transformer.ff_out.weight", "embeddings.weigh
 
 Part = namedtuple("Part", "target source start stop shape")  # rows start:stop of tensor `source` of `shape` become tensor `target`
 Chunk = namedtuple("Chunk", "path offset corner shape")  # a block of a tensor: bytes from `offset`; `corner`: its first index in the whole
+# A checkpoint: its name; the package whose model it is; the files that decide the result, and of them those with the weights;
+# read() -> (config.json, settings for read_tokenizer(), Parts, tensors by name); native(folder, weights by name, streamed) -> (model, call)
+Source = namedtuple("Source", "name package inputs weights read native")
 
 
 # >>> snippet: config_argv
@@ -476,8 +467,8 @@ def plan_tensors(model, vocab="keep"):
     return parts
 
 
-def hf_config(model, rows, dtype):
-    """Return config.json. Rope and dtype stand under their old and new names: transformers 4 reads the one, 5 the other."""
+def hf_config(model, rows):
+    """Return config.json but for the dtype. Rope stands under its old and new name: transformers 4 reads the one, 5 the other."""
     theta = float(model["rope_theta"])
     rope = {"rope_type": "default", "rope_theta": theta}
     own = {"rms_norm_eps": float(model["layer_norm_eps"])} if model["norm_after"] else {"clip_qkv": model["clip_qkv"]}
@@ -505,8 +496,6 @@ def hf_config(model, rows, dtype):
         "bos_token_id": None,
         "eos_token_id": model["eos_token_id"],
         "pad_token_id": model["pad_token_id"],
-        "dtype": dtype,
-        "torch_dtype": dtype,
     } | own
 
 
@@ -552,7 +541,7 @@ def count(part):
 
 
 def pieces(part, stored):
-    """Yield the rows of a part in tensors of some 32 MB. Rows that the checkpoint lacks become the mean of those that it has.
+    """Yield the rows of a part in tensors of some 8 MB. Rows that the checkpoint lacks become the mean of those that it has.
 
     Their logit is then the mean of the other logits, and so never the largest; that of a row of zeros can be.
     """
@@ -714,7 +703,7 @@ class Stored:
         return out
 
     def pieces(self, start=0, stop=None):
-        """Yield rows start:stop in tensors of some 32 MB."""
+        """Yield rows start:stop in tensors of some 8 MB."""
         stop = self.shape[0] if stop is None else stop
         height = max(1, PIECE // (math.prod(self.shape[1:]) * BYTES[self.dtype]))
         for row in range(start, stop, height):
@@ -835,15 +824,20 @@ def read_distributed(folder):
     return tensors
 
 
+def fail_reading(path, error, what):
+    """Leave with the word for a file that could not be read: what it is not, or that it would have run code."""
+    if code := re.search(r"GLOBAL (\S+)", str(error)):
+        fail(f"{path}: it asks for {code[1]} to be run; nothing was run, do not trust this file")
+    fail(f"{path}: not {what.format(' '.join(str(error).split())[:200])}")
+
+
 def read_tensors(path):
     """Return {name: Stored} of model.pt, model.safetensors or the .metadata of a sharded checkpoint; no code in the files is run."""
     try:
         reader = {".safetensors": read_safetensors, ".pt": read_torch}.get(path.suffix)
         tensors = reader(path) if reader else read_distributed(path.parent)
     except NO_WEIGHTS as error:
-        if code := re.search(r"GLOBAL (\S+)", str(error)):
-            fail(f"{path}: it asks for {code[1]} to be run; nothing was run, do not trust this file")
-        fail(f"{path}: not a whole file of weights ({' '.join(str(error).split())[:200]}); copy it again or take another step")
+        fail_reading(path, error, "a whole file of weights ({}); copy it again or take another step")
     odd = [name for name, value in tensors.items() if not isinstance(value, Stored)] if isinstance(tensors, dict) else ["all of it"]
     if odd:
         fail(f"{path}: {odd[0]} is not a tensor: this is not the state of an OLMo model (optim.pt and train.pt are other things)")
@@ -895,9 +889,7 @@ def read_map(path, weights):
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}; --map takes a YAML map of names, --input the torch file")
     except Exception as error:  # also of a configuration's own kinds
-        if code := re.search(r"GLOBAL (\S+)", str(error)):
-            fail(f"{weights}: it asks for {code[1]} to be run; nothing was run, do not trust this file")
-        fail(f"{weights}: not what {path} describes ({type(error).__name__}: {' '.join(str(error).split())[:200]}); correct the map")
+        fail_reading(weights, error, f"what {path} describes ({type(error).__name__}: {{}}); correct the map")
     heads = {"q": getattr(model.config, "num_attention_heads", 0), "k": getattr(model.config, "num_key_value_heads", 0)}
     groups = {group: rules.get(group) or {} for group in ("tensors", "transposed", "rotary", "zeros")}
     found, used = {}, set()
@@ -911,16 +903,13 @@ def read_map(path, weights):
         used.add(source)
         stored, shape = tensors.get(source), tuple(weight.shape)
         if stored is None:
-            stored = Made(shape, next(iter(tensors.values())).dtype, lambda shape=shape: torch.zeros(shape))
+            stored = Made(shape, next(iter(tensors.values())).dtype, functools.partial(torch.zeros, shape))
         elif group == "transposed":
-            stored = Made(stored.shape[::-1], stored.dtype, lambda stored=stored: stored.rows().t())
+            stored = Made(stored.shape[::-1], stored.dtype, lambda read=stored.rows: read().t())
         elif group == "rotary":
-            number = heads[re.search(r"([qk])_proj", name)[1]]
-            stored = Made(
-                stored.shape,
-                stored.dtype,
-                lambda stored=stored, number=number: stored.rows().unflatten(0, (number, -1, 2)).transpose(1, 2).flatten(0, 2),
-            )
+            pairs = (heads[re.search(r"([qk])_proj", name)[1]], -1, 2)
+            make = lambda read=stored.rows, pairs=pairs: read().unflatten(0, pairs).transpose(1, 2).flatten(0, 2)  # noqa: E731
+            stored = Made(stored.shape, stored.dtype, make)
         if stored.shape != shape or stored.dtype not in DTYPES:
             fail(f"{weights}: {source} is {stored.shape}, {stored.dtype}; transformers wants {name} as {shape}, of {', '.join(DTYPES)}")
         found[name] = stored
@@ -967,9 +956,7 @@ def read_deepspeed(folder):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     except Exception as error:  # of DeepSpeed, of transformers
-        if code := re.search(r"GLOBAL (\S+)", str(error)):
-            fail(f"{path}: it asks for {code[1]} to be run; nothing was run, do not trust this file")
-        fail(f"{path}: not a whole DeepSpeed checkpoint ({' '.join(str(error).split())[:200]}); copy it again or take another step")
+        fail_reading(path, error, "a whole DeepSpeed checkpoint ({}); copy it again or take another step")
     config = {"architectures": [type(model).__name__]} | {key: value for key, value in config.items() if not key.startswith("_")}
     wanted = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     for name, shape in wanted.items():
@@ -983,7 +970,7 @@ def read_deepspeed(folder):
 
 
 def write_shard(path, parts, tensors, dtypes, bar):
-    """Write one safetensors file in pieces of 32 MB and return its SHA-256; NaN, infinity and overflow end in SystemExit."""
+    """Write one safetensors file in pieces of 8 MB and return its SHA-256; NaN, infinity and overflow end in SystemExit."""
     import torch
 
     header, offset, digest = {"__metadata__": {"format": "pt"}}, 0, hashlib.sha256()
@@ -994,18 +981,22 @@ def write_shard(path, parts, tensors, dtypes, bar):
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with write_atomic(path) as file:
+    with write_atomic(path) as file, ThreadPoolExecutor(1) as beside:  # one piece is written while the next is read and looked at
 
         def put(data):
             file.write(data)
+            if hasattr(os, "posix_fadvise"):  # begin with what fsync will wait for
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             digest.update(data)
             bar.update(len(data))
 
-        put(struct.pack("<Q", len(text)) + text)
+        written = beside.submit(put, struct.pack("<Q", len(text)) + text)
         for part in parts:
             for piece in pieces(part, tensors[part.source]):
                 out = finite(piece, dtypes[part.source], part.source)
-                put(out.view(torch.uint8).reshape(-1).numpy())
+                written.result()
+                written = beside.submit(put, out.view(torch.uint8).reshape(-1).numpy())
+        written.result()
     return digest.hexdigest()
 
 
@@ -1180,27 +1171,25 @@ def read_tokenizer(paths, model, rows):
 
 def check_loads(folder, config, tokenizer):
     """Load config and tokenizer as a server does; SystemExit when a setting or a token id is not what was written or given."""
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
-    loaded, generation = AutoConfig.from_pretrained(folder), GenerationConfig.from_pretrained(folder)
-    rope = getattr(loaded, "rope_parameters", None) if "rope_theta" in config else {"rope_theta": None}
-    thetas = {value for name, value in flatten(rope) if name.rpartition(".")[2] == "rope_theta"}
-    values = {key: getattr(loaded, key, None) for key in config}
-    values |= {"rope_theta": thetas.pop() if len(thetas) == 1 else thetas} if "rope_theta" in config else {}
-    values |= {key: dtype_name(values[key]) for key in ("dtype", "torch_dtype")}
-    values |= {f"generation {key}": getattr(generation, key) for key in ("eos_token_id", "pad_token_id")}
+    added = "".join(token.content for token in tokenizer.get_added_tokens_decoder().values())
+    texts = (*SAMPLES, PROMPT, added, "".join(SAMPLES))
+    told = json.dumps([list(config), texts])
+    done = subprocess.run([sys.executable, "-c", RELOAD, folder], input=told, capture_output=True, text=True)
+    if done.returncode:
+        fail(f"{folder} does not load: {done.stderr.strip().splitlines()[-1]}; this version of transformers cannot take the model")
+    values, eos, reloaded = json.loads(done.stdout)
+    if "rope_theta" in config:
+        thetas = {value for name, value in flatten(values["rope_parameters"]) if name.rpartition(".")[2] == "rope_theta"}
+        values["rope_theta"] = thetas.pop() if len(thetas) == 1 else thetas
     for key, value in values.items():
         wanted = config[key.removeprefix("generation ")]
         if value != wanted:
             fail(f"{folder} reads back with {key} {value!r} instead of {wanted!r}; this version of transformers cannot take the model")
-    reloaded = AutoTokenizer.from_pretrained(folder)
-    added = "".join(token.content for token in tokenizer.get_added_tokens_decoder().values())
-    for text in (*SAMPLES, PROMPT, added, "".join(SAMPLES)):
-        ids = tokenizer.encode(text).ids
-        if reloaded(text)["input_ids"] != ids:
+    for text, ids in zip(texts, reloaded, strict=True):
+        if ids != tokenizer.encode(text).ids:
             fail(f"{folder} reloads with other token ids than tokenizer.json gives for {text[:40]!r}; please report this tokenizer")
-    if reloaded.eos_token_id != config["eos_token_id"]:
-        fail(f"{folder} reloads with eos id {reloaded.eos_token_id}, not {config['eos_token_id']}; correct special_tokens_map.json")
+    if eos != config["eos_token_id"]:
+        fail(f"{folder} reloads with eos id {eos}, not {config['eos_token_id']}; correct special_tokens_map.json")
 
 
 def dtypes_of(parts, tensors, wanted):
@@ -1222,75 +1211,69 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def check_packages(native):
-    """Leave before anything is written when a package is missing that is needed only at the end; `native`: what trained the model."""
-    packages = {"yaml": "pyyaml", "tqdm": "tqdm", "torch": "torch", "tokenizers": "tokenizers", "transformers": "transformers"}
-    for module, package in (packages | native).items():
-        if not importlib.util.find_spec(module):
-            remedy = ", or compare nothing: --skip-validation" if module in native else ""
+def check_packages(needed, compared=()):
+    """Leave before anything is written when a package is missing that is used only at the end; `compared`: only in the comparison."""
+    modules = {"pyyaml": "yaml", "ai2-olmo": "olmo", "ai2-olmo-core": "olmo_core"}
+    for package in ("pyyaml", "tqdm", "torch", "tokenizers", "transformers", "accelerate", *needed, *compared):
+        if not importlib.util.find_spec(modules.get(package, package)):
+            remedy = ", or compare nothing: --skip-validation" if package in compared else ""
             fail(f"package {package} is missing in {sys.prefix}; install it{remedy}")
 
 
-def check_memory(needed):
-    """Leave before anything is written when the comparison needs more memory than is free."""
-    if needed > free_memory():
-        needed, free = (f"{number / 1e9:.1f} GB" for number in (needed, free_memory()))
-        fail(f"the comparison of the logits needs {needed} of memory and {free} are free; --skip-validation leaves it out")
-
-
 def free_memory():
-    """Return the bytes that can be had without swapping; without limit where Linux does not say."""
-    with contextlib.suppress(OSError):
-        return 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
-    return math.inf
+    """Return the bytes that can be had without swapping, and below the limit of `ulimit -d`; no limit where Linux does not say."""
+    kilobytes = {}
+    for path in ("/proc/meminfo", "/proc/self/status"):
+        with contextlib.suppress(OSError):
+            kilobytes |= re.findall(r"(\w+):\s+(\d+) kB", Path(path).read_text())
+    limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
+    own = math.inf if limit == resource.RLIM_INFINITY else limit - 1024 * int(kilobytes.get("VmData", 0))
+    return min(own, 1024 * int(kilobytes.get("MemAvailable", 2**60)))
 
 
 def must_stream(parts):
-    """Return whether both models are too large for this machine in float32, and must be compared layer by layer."""
-    layers = Counter()
+    """Return whether both models, in float32, are more than is free and must be compared layer by layer; SystemExit if that is as well."""
+    layers, free = Counter(), free_memory()
     for part in parts:
-        layers[".".join(part.target.split(".")[:3]) if part.target.startswith("model.layers.") else ""] += count(part)
-    check_memory(8 * (layers.pop("") + max(layers.values())))
-    return 8 * sum(map(count, parts)) > free_memory()
+        layers[layer[0] if (layer := LAYER.match(part.target)) else ""] += count(part)
+    more = 400_000_000 + 24 * ROW * max(part.stop for part in parts)  # the packages' code, and the logits of a row several times
+    needed = more + 8 * (layers.pop("", 0) + max(layers.values(), default=0))
+    if needed > free:
+        words = f"needs {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free"
+        fail(f"the comparison of the logits {words}; --skip-validation leaves it out")
+    return more + 8 * sum(map(count, parts)) > free
 
 
-def fill(model, layers, read, streamed):
-    """Give an empty model its weights by read(name). `streamed`: those of each of `layers`, a name with "{}", only while it computes."""
-    import torch
-
-    state = {name: weight for name, weight in model.state_dict().items() if isinstance(weight, torch.Tensor)}
-    inner = {}
-    if streamed:
-        for name in state:
-            if match := re.match(re.escape(layers).replace(r"\{\}", r"\d+"), name):
-                inner.setdefault(match[0], []).append(name[match.end() + 1 :])
-    late = {f"{layer}.{name}" for layer, names in inner.items() for name in names}
-    model.load_state_dict({name: read(name) for name in state if name not in late}, strict=False, assign=True)
-    for layer, names in inner.items():
+def fill(model, read, streamed):
+    """Give an empty model its weights by read(name), tied ones by their first name. `streamed`: those of a layer only while it computes."""
+    weights, firsts, layers = dict(model.named_parameters(remove_duplicate=False)), {}, {}
+    for name, weight in weights.items():
+        firsts.setdefault(weight, name)
+        layer = LAYER.match(name) if streamed else None
+        layers.setdefault(layer[0] if layer else "", []).append(name)
+    early = layers.pop("", [])
+    found = {weight: read(name) for weight, name in firsts.items() if name in early}
+    model.load_state_dict({name: found[weights[name]] for name in early}, strict=False, assign=True)
+    for layer, names in layers.items():
         module = model.get_submodule(layer)
-        empty = {name: state[f"{layer}.{name}"] for name in names}
+        inner = {name.removeprefix(f"{layer}."): name for name in names}
 
-        def take(module, inputs, layer=layer, names=names):
-            module.load_state_dict({name: read(f"{layer}.{name}") for name in names}, assign=True)
+        def take(module, inputs, inner=inner):
+            module.load_state_dict({short: read(name) for short, name in inner.items()}, strict=False, assign=True)
 
-        def drop(module, inputs, output, empty=empty):
-            module.load_state_dict(empty, assign=True)
+        def drop(module, inputs, output, inner=inner):
+            module.load_state_dict({short: weights[name] for short, name in inner.items()}, strict=False, assign=True)
 
         module.register_forward_pre_hook(take)
         module.register_forward_hook(drop)
     return model.eval()
 
 
-def load_native(config_path, tensors, dtypes, streamed=False):
-    """Return the training package's own model in float32, its weights rounded as they were written, and its call: ids -> logits.
+def load_native(config_path, folder, read, streamed=False):
+    """Return the training package's own model in float32, with the weights that read(name) gives, and its call: ids -> logits.
 
-    The call gives the last 512 positions, as transformers' logits_to_keep does.
+    The call gives the last 512 positions, as transformers' logits_to_keep does. `folder`: what load_named() takes, unused here.
     """
-
-    def read(name):
-        name = name if name in dtypes else {head: embedding for embedding, head in TIED.items()}[name]
-        return tensors[name].rows().to(dtypes[name]).float()
-
     if config_path.suffix == ".json":
         from olmo_core.nn.transformer import TransformerConfig
 
@@ -1305,8 +1288,7 @@ def load_native(config_path, tensors, dtypes, streamed=False):
             model = TransformerConfig.from_dict(settings).build(init_device="meta")
         except Exception as error:
             fail(f"{config_path}: olmo-core does not take it: {' '.join(str(error).split())}")
-        fill(model, "blocks.{}", read, streamed)
-        return model, functools.partial(model, logits_to_keep=ROW)
+        return fill(model, read, streamed), functools.partial(model, logits_to_keep=ROW)
     from olmo.config import ModelConfig
     from olmo.exceptions import OLMoError
     from olmo.model import OLMo
@@ -1316,35 +1298,39 @@ def load_native(config_path, tensors, dtypes, streamed=False):
     except OLMoError as error:
         fail(f"{config_path}: ai2-olmo does not take it: {' '.join(str(error).split())}")
     config.init_device, config.flash_attention = "meta", False
-    model = fill(OLMo(config, init_params=False), "transformer.blocks.{}", read, streamed)
+    model = fill(OLMo(config, init_params=False), read, streamed)
     model.transformer.ln_f.register_forward_hook(lambda module, inputs, output: output[:, -ROW:])
     return model, lambda ids: model(ids).logits
 
 
-def load_hf(folder, streamed=False):
-    """Return the written model in float32, as transformers reads it; SystemExit when it misses weights or has too many."""
+def load_hf(folder, streamed=False, read=None):
+    """Return a folder's model in float32, as transformers reads it, or with the weights that read(name) gives; the files are checked."""
     import torch
+    from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    if streamed:
+    if streamed or read:
+        with init_empty_weights(include_buffers=False):  # the frequencies of rotary embeddings are in no file
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+        model.tie_weights()
         stored = {name: tensor for path in sorted(folder.glob("model*.safetensors")) for name, tensor in read_safetensors(path).items()}
-        config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies are in no file
-        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-        wanted = model.state_dict().keys() - tied
+        wanted = dict(model.named_parameters()).keys()
         notes = {"missing_keys": wanted - stored.keys(), "unexpected_keys": stored.keys() - wanted}
+        fill(model, read or (lambda name: stored[name].rows().float()), streamed) if not any(notes.values()) else None
     else:
         model, notes = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     for key, names in notes.items():
         if names:
             fail(f"{folder} reads back with {key.replace('_', ' ')}: {sorted(map(str, names))[0]}; please report this checkpoint")
-    if streamed:
-        fill(model, "model.layers.{}", lambda name: stored["model.embed_tokens.weight" if name in tied else name].rows().float(), True)
     return model.eval()
+
+
+def load_named(folder, read, streamed=False):
+    """Return transformers' own model with the checkpoint's weights, and its call: for families of which no other package has a model."""
+    model = load_hf(folder, streamed, read)
+    return model, lambda ids: model(ids, logits_to_keep=ROW).logits
 
 
 def rows_to_compare(tokenizer, rows, length):
@@ -1362,19 +1348,19 @@ def rows_to_compare(tokenizer, rows, length):
 
 def greedy(model, ids, number):
     """Return the `number` ids that follow `ids` (1, tokens) greedily, stop tokens included."""
-    import torch
-
-    start = ids.shape[1]
+    found, cache = [], None
     for _ in range(number):
-        ids = torch.cat([ids, model(ids, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)], 1)
-    return ids[0, start:].tolist()
+        answer = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        ids, cache = answer.logits[:, -1].argmax(-1, keepdim=True), answer.past_key_values
+        found.append(ids.item())
+    return found
 
 
 def departures(native, call, model, parts, ids):
     """Return [(name of a Hugging Face module, max |Δ| of its output, largest |output|)] in the order of computation."""
     import torch
 
-    outputs = {}
+    outputs, parts = {}, [part for part in parts if part.target.endswith(".weight")]
 
     def record(module, name):
         def hook(module, inputs, output):
@@ -1398,19 +1384,19 @@ def departures(native, call, model, parts, ids):
     return found
 
 
-def compare(native, call, model, parts, tokenizer, where):
+def compare(native, call, model, parts, tokenizer, where, number=32):
     """Compare the logits of both models, in float32, and return the figures; SystemExit names the first layer that departs.
 
-    Rows: text, random ids, the longest row that the model takes (its last 512 positions), and a prompt with 16 greedy tokens.
+    Rows: text, random ids, the longest row that the model takes (its last 512 positions), and a prompt with `number` greedy tokens.
     `greedy` in the figures is what prove_serving.py asks the server for again: those tokens, and the log-probabilities of a text.
     """
     import torch
     from tqdm import tqdm
 
     vocabulary, length = min(parts[0].stop, parts[0].shape[0]), model.config.max_position_embeddings
-    prompt = (tokenizer.encode(PROMPT).ids or [model.config.eos_token_id])[: max(1, length - 16)]
+    prompt = (tokenizer.encode(PROMPT).ids or [model.config.eos_token_id])[: max(1, length - number)]
     with torch.inference_mode():
-        ids = greedy(model, torch.tensor([prompt]), min(16, length - len(prompt)))
+        ids = greedy(model, torch.tensor([prompt]), min(number, length - len(prompt)))
         rows = [*rows_to_compare(tokenizer, vocabulary, length), torch.tensor([prompt + ids])]
         text = rows[0][:, : min(256, length - 1)]  # a server wants room for one token more
         logprobs = model(text).logits[0, :-1].log_softmax(-1).gather(-1, text[0, 1:, None])[:, 0]
@@ -1439,10 +1425,11 @@ def compare(native, call, model, parts, tokenizer, where):
     return figures
 
 
-def prove(config_path, tensors, dtype, folder, streamed, parts, tokenizer):
-    """Load both models, compare them, and return the figures."""
-    native, call = load_native(config_path, tensors, dtypes_of(parts, tensors, dtype), streamed)
-    return compare(native, call, load_hf(folder, streamed), parts, tokenizer, folder) | {"layer_by_layer": streamed}
+def prove(load, read, folder, streamed, parts, tokenizer):
+    """Load the native model by load(folder, read, streamed), and the folder's; compare them, and return the figures."""
+    native, call = load(folder, read, streamed)
+    number = 4 if streamed else 32  # each token is one more reading of a streamed model
+    return compare(native, call, load_hf(folder, streamed), parts, tokenizer, folder, number) | {"layer_by_layer": streamed}
 
 
 def model_card(config, settings, digests, counts, figures):
@@ -1482,7 +1469,7 @@ def unverified(output):
         with contextlib.suppress(OSError):  # it holds something else
             output.rmdir()
         raise
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
+    for path in sorted(folder.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
         os.replace(path, output / path.name)
     folder.rmdir()
 
@@ -1508,77 +1495,91 @@ def build_parser():
     return parser
 
 
-def convert_named(args, inputs, read, source):
-    """Write a Hugging Face folder from read() -> (config.json, tensors under Hugging Face's names), and give the manifest's figures.
-
-    No package but transformers has a native model of them: its logits with the tensors as they were read are compared with the folder's.
-    """
-    import torch
-
-    tokenizer_files = tokenizer_paths(Path(args.tokenizer))
-    run = Run("convert", args, [*inputs, *tokenizer_files])
-    with unverified(run.output) as folder:
-        quiet()
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        config, tensors = read()
-        parts = [Part(name, name, 0, tensor.shape[0], tensor.shape) for name, tensor in tensors.items()]
-        dtypes = dtypes_of(parts, tensors, args.dtype)
-        word = dtype_name(Counter(dtypes.values()).most_common(1)[0][0])
-        eos = config.get("eos_token_id")
-        eos = eos[0] if isinstance(eos, list) else eos
-        pad = eos if config.get("pad_token_id") is None else config["pad_token_id"]
-        config |= {"dtype": word, "torch_dtype": word, "eos_token_id": eos, "pad_token_id": pad}
-        length = next((config[key] for key in ("max_position_embeddings", "n_positions") if key in config), ROW)
-        tokenizer, own = read_tokenizer(tokenizer_files, config | {"max_sequence_length": length}, config["vocab_size"])
-        if not args.skip_validation:
-            check_memory(8 * sum(map(count, parts)))
-        start = time.time()
-        digests, counts = write_model(folder, parts, tensors, dtypes, args.max_shard_size)
-        metrics = {"writing": {"seconds": round(time.time() - start, 3), "peak_rss_bytes": peak()}}
-        write_settings(folder, config, own)
-        check_loads(folder, config, tokenizer)
-        figures = {}
-        if not args.skip_validation:
-            with torch.device("meta"):
-                native = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
-            native = native.to_empty(device="cpu")
-            native.tie_weights()
-            written = load_hf(folder)
-            for name, buffer in written.named_buffers():
-                native.get_buffer(name).copy_(buffer)
-            with torch.no_grad():
-                for name, weight in native.named_parameters():
-                    weight.copy_(tensors[name].rows().to(dtypes[name]))
-            modules = [part for part in parts if part.target.endswith(".weight")]
-            call = functools.partial(native.eval(), logits_to_keep=ROW)
-            figures = compare(native, lambda ids: call(ids).logits, written, modules, tokenizer, folder)
-        settings = {"name": Path(args.output).resolve().name, "checkpoint": source, "dtype": args.dtype, "package": "transformers"}
-        with write_atomic(folder / "README.md", "w") as file:
-            digest = [run.sha256(path) for path in inputs if path.suffix in (".pt", ".pth")]
-            file.write(model_card(config, settings | {"vocab": "keep"}, digest, counts, figures))
-    run.digests |= {str(run.output / name): digest for name, digest in digests.items()}
-    parity = f"max |Δlogit| {figures['max_abs_logit_difference']:g}" if figures else "logits not compared"
-    run.finish(f"{parity}, {counts['shards']} shard{'s' if counts['shards'] > 1 else ''} of {source}", counts, metrics | figures)
+def named(config, tensors):
+    """Return what a Source's read() does, for tensors that have Hugging Face's names."""
+    eos = config.get("eos_token_id")
+    eos = eos[0] if isinstance(eos, list) else eos
+    config |= {"eos_token_id": eos, "pad_token_id": eos if config.get("pad_token_id") is None else config["pad_token_id"]}
+    length = next((config[key] for key in ("max_position_embeddings", "n_positions") if key in config), ROW)
+    parts = [Part(name, name, 0, tensor.shape[0], tensor.shape) for name, tensor in tensors.items()]
+    return config, config | {"max_sequence_length": length}, parts, tensors
 
 
-def convert_mapped(args):
-    """Convert a torch file by a map of names."""
-    weights = Path(args.input)
+def mapped_source(args):
+    """Return the Source of a torch file and a map of names."""
+    weights, rules = Path(args.input), Path(args.map)
     if not weights.is_file():
         fail(f"{weights}: no such file; with --map, --input is the torch file itself")
-    check_packages({})
     beside = [path for path in (weights.parent / "params.json",) if path.is_file()]
-    convert_named(args, [weights, *beside, Path(args.map)], lambda: read_map(Path(args.map), weights), weights.name)
+    inputs = [weights, *beside, rules]
+    return Source(weights.name, "transformers", inputs, [weights], lambda: named(*read_map(rules, weights)), load_named)
 
 
-def convert_deepspeed(args, folder):
-    """Convert a checkpoint of DeepSpeed's ZeRO, with the config.json that the Trainer saves beside it."""
-    check_packages({"deepspeed": "deepspeed"})
+def deepspeed_source(folder):
+    """Return the Source of a checkpoint of DeepSpeed's ZeRO, with the config.json that the Trainer saves beside it."""
     files = sorted(folder.glob("*/*_states.pt"))
     if not files or not (folder / "config.json").is_file():
         fail(f"{folder}: {'config.json is' if files else 'the files *_states.pt of DeepSpeed are'} missing; copy the checkpoint again")
-    convert_named(args, [folder / "config.json", *files], lambda: read_deepspeed(folder), folder.name)
+    check_packages(["deepspeed"])
+    inputs = [folder / "config.json", *files]
+    return Source(folder.name, "transformers", inputs, files, lambda: named(*read_deepspeed(folder)), load_named)
+
+
+def olmo_source(args):
+    """Return the Source of a checkpoint of ai2-olmo or olmo-core."""
+    checkpoint = find_checkpoint(Path(args.input), args.step)
+    weights, config_path = weights_of(checkpoint), config_of(checkpoint)
+    tensors, files = read_tensors(weights), list(files_of(weights))
+
+    def read():
+        model = read_settings(config_path)
+        parts = plan_tensors(model, args.vocab)
+        check_tensors(parts, tensors, weights, config_path.name)
+        return hf_config(model, parts[0].stop), model, parts, tensors
+
+    package = "ai2-olmo-core" if config_path.suffix == ".json" else "ai2-olmo"
+    return Source(checkpoint.name, package, [config_path, *files], files, read, functools.partial(load_native, config_path))
+
+
+def weights_by(tensors, dtypes):
+    """Return name -> that tensor in float32, rounded as it is written."""
+    return lambda name: tensors[name].rows().to(dtypes[name]).float()
+
+
+def verdict(figures):
+    return f"max |Δlogit| {figures['max_abs_logit_difference']:g}" if figures else "logits not compared"
+
+
+def convert(args, source):
+    """Write the Hugging Face folder of a Source, prove the logits, and give the manifest's figures."""
+    tokenizer_files = tokenizer_paths(Path(args.tokenizer))
+    check_packages([], [] if args.skip_validation else [source.package])
+    run = Run("convert", args, [*source.inputs, *tokenizer_files])
+    with unverified(run.output) as folder:
+        quiet()
+        start, figures = time.time(), {}
+        config, settings, parts, tensors = source.read()
+        tokenizer, own = read_tokenizer(tokenizer_files, settings, config["vocab_size"])
+        streamed = not args.skip_validation and must_stream(parts)
+        hashing = threading.Thread(target=lambda: list(map(run.sha256, source.weights)), daemon=True)  # beside the writing: the same pages
+        hashing.start()
+        dtypes = dtypes_of(parts, tensors, args.dtype)
+        digests, counts = write_model(folder, parts, tensors, dtypes, args.max_shard_size)
+        hashing.join()
+        metrics = {"writing": {"seconds": round(time.time() - start, 3), "peak_rss_bytes": peak()}}
+        word = dtype_name(Counter(dtypes.values()).most_common(1)[0][0])
+        config |= {"dtype": word, "torch_dtype": word}
+        write_settings(folder, config, own)
+        check_loads(folder, config, tokenizer)
+        if not args.skip_validation:
+            figures = prove(source.native, weights_by(tensors, dtypes), folder, streamed, parts, tokenizer)
+        words = {"name": Path(args.output).resolve().name, "checkpoint": source.name, "dtype": args.dtype, "package": source.package}
+        words |= {"vocab": args.vocab if isinstance(args.vocab, str) else f"pad:{args.vocab}"}
+        with write_atomic(folder / "README.md", "w") as file:
+            file.write(model_card(config, words, map(run.sha256, source.weights), counts, figures))
+    run.digests |= {str(run.output / name): digest for name, digest in digests.items()}
+    shards = f"{counts['shards']} shard{'s' if counts['shards'] > 1 else ''}"
+    run.finish(f"{verdict(figures)}, {shards} of {source.name}", counts, metrics | figures)
 
 
 def reverse(args):
@@ -1587,7 +1588,7 @@ def reverse(args):
     files = sorted(source.glob("model*.safetensors"))
     if not files or not (source / "config.json").is_file():
         fail(f"{source}: no Hugging Face folder (config.json, model*.safetensors); without --reverse the script reads OLMo checkpoints")
-    check_packages({"olmo_core": "ai2-olmo-core"})
+    check_packages(["ai2-olmo-core"])
     tensors = {name: tensor for path in files for name, tensor in read_tensors(path).items()}
     tokenizer_files = tokenizer_paths(Path(args.tokenizer or args.input))
     run = Run("convert", args, [source / "config.json", *files, *tokenizer_files])
@@ -1609,9 +1610,10 @@ def reverse(args):
         figures = {}
         if not args.skip_validation:
             written = read_tensors(folder / "model_and_optim" / ".metadata")
-            figures = prove(folder / "config.json", written, "keep", source, streamed, parts, tokenizer)
-    parity = f"max |Δlogit| {figures['max_abs_logit_difference']:g}" if figures else "logits not compared"
-    run.finish(f"{parity}, olmo-core checkpoint of {source.name}", counts, metrics | figures)
+            native = functools.partial(load_native, folder / "config.json")
+            read = weights_by(written, dtypes_of(parts, written, "keep"))
+            figures = prove(native, read, source, streamed, parts, tokenizer)
+    run.finish(f"{verdict(figures)}, olmo-core checkpoint of {source.name}", counts, metrics | figures)
 
 
 def main():
@@ -1626,47 +1628,12 @@ def main():
     if args.map:
         if (args.vocab, args.step) != ("keep", "latest"):
             parser.error("--map takes no --vocab or --step")
-        return convert_mapped(args)
+        return convert(args, mapped_source(args))
     if folder := find_deepspeed(Path(args.input), args.step):
         if args.vocab != "keep":
             parser.error("a DeepSpeed checkpoint takes no --vocab")
-        return convert_deepspeed(args, folder)
-    checkpoint = find_checkpoint(Path(args.input), args.step)
-    weights, config_path, tokenizer_files = weights_of(checkpoint), config_of(checkpoint), tokenizer_paths(Path(args.tokenizer))
-    module, package = ("olmo_core", "ai2-olmo-core") if config_path.suffix == ".json" else ("olmo", "ai2-olmo")
-    check_packages({} if args.skip_validation else {module: package})
-    tensors = read_tensors(weights)
-    files = list(files_of(weights))
-    run = Run("convert", args, [config_path, *files, *tokenizer_files])
-    with unverified(run.output) as folder:
-        quiet()
-        start = time.time()
-        model = read_settings(config_path)
-        parts = plan_tensors(model, args.vocab)
-        rows = parts[0].stop
-        tokenizer, own = read_tokenizer(tokenizer_files, model, rows)
-        hashing = threading.Thread(target=lambda: list(map(run.sha256, files)), daemon=True)  # beside the writing: the same pages
-        check_tensors(parts, tensors, weights, config_path.name)
-        streamed = not args.skip_validation and must_stream(parts)
-        hashing.start()
-        dtypes = dtypes_of(parts, tensors, args.dtype)
-        digests, counts = write_model(folder, parts, tensors, dtypes, args.max_shard_size)
-        hashing.join()
-        metrics = {"writing": {"seconds": round(time.time() - start, 3), "peak_rss_bytes": peak()}}
-        config = hf_config(model, rows, dtype_name(Counter(dtypes.values()).most_common(1)[0][0]))
-        write_settings(folder, config, own)
-        check_loads(folder, config, tokenizer)
-        figures = {}
-        if not args.skip_validation:
-            figures = prove(config_path, tensors, args.dtype, folder, streamed, parts, tokenizer)
-        settings = {"name": Path(args.output).resolve().name, "checkpoint": checkpoint.name, "dtype": args.dtype, "package": package}
-        settings |= {"vocab": args.vocab if isinstance(args.vocab, str) else f"pad:{args.vocab}"}
-        with write_atomic(folder / "README.md", "w") as file:
-            file.write(model_card(config, settings, map(run.sha256, files), counts, figures))
-    run.digests |= {str(run.output / name): digest for name, digest in digests.items()}
-    parity = f"max |Δlogit| {figures['max_abs_logit_difference']:g}" if figures else "logits not compared"
-    shards = f"{counts['shards']} shard{'s' if counts['shards'] > 1 else ''}"
-    run.finish(f"{parity}, {shards} of {checkpoint.name}", counts, metrics | figures)
+        return convert(args, deepspeed_source(folder))
+    convert(args, olmo_source(args))
 
 
 if __name__ == "__main__":
