@@ -52,7 +52,7 @@ run = @echo "== $(notdir $(@D))" >&2; $(call keep,$(notdir $(@D))) $(PYTHON) scr
 
 .PHONY: FORCE help setup demo all table serve ask pretrain sft-preview eval eval-kb patch bench-sft-data bench-sft test lint lock snippets
 .PHONY: pretrain-plan tidy doctor clean-text dedup tokenizer tokens convert serve-pretrained base-model sft-data sft-gen sft kb serve-up
-.PHONY: serve-status serve-logs serve-down talk bench-serve chat mcp why bench-kb
+.PHONY: serve-status serve-logs serve-down talk bench-serve chat mcp why bench-kb bench-convert
 
 help:
 	@awk '/^## /{d=substr($$0,4);next} d&&/ \?= ?/{split($$0,a," [?]= ?");v[++n]=sprintf("  %-10s %-18s %s",a[1],a[2],d)} {d=""} \
@@ -193,9 +193,9 @@ $(VENV)/stamp.json: $(LOCK) $(wildcard patches/series patches/*/*.patch)
 patch: | $(ENVIRONMENT) ## patches in PYTHON's environment: status; ARGS="apply PACKAGE", check, verify, revert, scan
 	@$(PYTHON3) scripts/patch_packages.py $${ARGS:-status} --python $(PYTHON)
 
-bench-sft-data: | $(ENVIRONMENT)
-	@$(PYTHON) tests/bench/bench_sft_data.py
-bench-sft: $(call done,sft-data) $(BASE) ## what sft adds to `axolotl train`; bench-sft-data, bench-serve: beside their peers
+bench-sft-data bench-convert: | $(ENVIRONMENT)
+	@$(PYTHON) tests/bench/$(subst -,_,$@).py $${ARGS:-}
+bench-sft: $(call done,sft-data) $(BASE) ## what sft adds to `axolotl train`; bench-sft-data, bench-serve, bench-convert: beside their peers
 	@$(PYTHON) tests/bench/bench_sft.py --recipe $(R)/sft.yaml --data $(OUT)/sft-data --model $(MODEL_OF)
 
 bench-serve: $(R)/serve.yaml $(BASE) | $(ENVIRONMENT)
