@@ -52,7 +52,8 @@ run = @echo "== $(notdir $(@D))" >&2; $(call keep,$(notdir $(@D))) $(PYTHON) scr
 
 .PHONY: FORCE help setup demo all table serve ask pretrain sft-preview eval eval-kb patch bench-sft-data bench-sft test lint lock snippets
 .PHONY: pretrain-plan tidy doctor clean-text dedup tokenizer tokens convert serve-pretrained base-model sft-data sft-gen sft kb serve-up
-.PHONY: serve-status serve-logs serve-down talk bench-serve chat mcp why bench-kb bench-convert
+.PHONY: serve-status serve-logs serve-down talk bench-serve chat mcp why bench-kb bench-convert bench-pretrain pretrain-masked
+.PHONY: pretrain-span
 
 help:
 	@awk '/^## /{d=substr($$0,4);next} d&&/ \?= ?/{split($$0,a," [?]= ?");v[++n]=sprintf("  %-10s %-18s %s",a[1],a[2],d)} {d=""} \
@@ -88,7 +89,10 @@ pretrain: $(call done,$(if $(filter hf,$(ENGINE)),pretrain-hf,pretrain)) ## toke
 # A recipe that mixes folders of tokens names them, and their tokenizer
 $(call done,pretrain): $(R)/pretrain.yaml $(if $(call named,pretrain),$(call newer,pretrain),$(call done,tokens)) | $(ENVIRONMENT)
 	$(call run,pretrain_olmo.py) $(if $(call named,pretrain),,--input $(OUT)/tokens --tokenizer $(OUT)/tokenizer)
-$(call done,pretrain-hf): $(R)/pretrain-hf.yaml $(call done,tokens) | $(ENVIRONMENT)
+# By transformers: pretrain-hf, a decoder, is ENGINE=hf's
+pretrain-masked: $(call done,pretrain-masked) ## tokens -> an encoder by masking; pretrain-span: an encoder-decoder by span corruption
+pretrain-span: $(call done,pretrain-span)
+$(foreach s,hf masked span,$(call done,pretrain-$(s))): $(OUT)/%/manifest.json: $(R)/%.yaml $(wildcard $(R)/*.json) $(call done,tokens) | $(ENVIRONMENT)
 	$(call run,pretrain_hf.py) --input $(OUT)/tokens --tokenizer $(OUT)/tokenizer
 pretrain-plan: $(R)/pretrain.yaml | $(ENVIRONMENT) ## what pretraining will take: parameters, memory a GPU, hours, cost
 	@$(PYTHON) scripts/pretrain_olmo.py --config $< --dry-run --output $(OUT)/pretrain \
@@ -195,8 +199,11 @@ patch: | $(ENVIRONMENT) ## patches in PYTHON's environment: status; ARGS="apply 
 
 bench-sft-data bench-convert: | $(ENVIRONMENT)
 	@$(PYTHON) tests/bench/$(subst -,_,$@).py $${ARGS:-}
-bench-sft: $(call done,sft-data) $(BASE) ## what sft adds to `axolotl train`; bench-sft-data, bench-serve, bench-convert: beside their peers
+bench-sft: $(call done,sft-data) $(BASE) ## what sft adds to `axolotl train`; bench-{sft-data,serve,pretrain,convert,kb}: beside their peers
 	@$(PYTHON) tests/bench/bench_sft.py --recipe $(R)/sft.yaml --data $(OUT)/sft-data --model $(MODEL_OF)
+
+bench-pretrain: $(call done,tokens)
+	@$(PYTHON) tests/bench/bench_pretrain.py --input $(OUT)/tokens --tokenizer $(OUT)/tokenizer $${ARGS:-}
 
 bench-serve: $(R)/serve.yaml $(BASE) | $(ENVIRONMENT)
 	@$(PYTHON) tests/bench/bench_serve.py --recipe $< --port $(PORT) $(addprefix --gpus ,$(GPUS)) --model \

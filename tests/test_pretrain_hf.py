@@ -1,5 +1,8 @@
-"""scripts/pretrain_hf.py on a corpus made here: two gloo processes under ZeRO-2 against one process, killed and resumed, and refusals."""
+"""scripts/pretrain_hf.py on a corpus made here: three families of models, two gloo processes under ZeRO against one process, runs that
+are killed, stopped and resumed, and refusals."""
 
+import csv
+import gzip
 import hashlib
 import json
 import math
@@ -54,6 +57,11 @@ def corpus(tmp_path_factory):
     def part(name, texts):
         ids = np.array([i for t in texts for i in (*tokenizer.encode(t).ids, 0)], np.uint16)
         ids.tofile(folder / "tokens" / f"{name}.npy")
+        ends = np.flatnonzero(ids == 0) + 1
+        with gzip.open(folder / "tokens" / f"{name}.csv.gz", "wt") as file:
+            csv.writer(file).writerows(
+                [[start, end, f"{name}-{n}", "made", n] for n, (start, end) in enumerate(zip([0, *ends], ends, strict=False))]
+            )
         return {"file": f"{name}.npy", "documents": len(texts), "tokens": len(ids), "bytes": sum(len(t.encode()) for t in texts)}
 
     described["train"] = part("train", [text(language) for _ in range(100) for language in words])
@@ -66,9 +74,27 @@ def words_of(corpus, output, *more):
     return ["--input", corpus / "tokens", "--tokenizer", corpus / "tokenizer", "--output", output, *SIZES, *RUN, *more]
 
 
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def rows_of(output):
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows]
+    """The rows of metrics.jsonl without what a clock has measured."""
+    timed = {"tokens_per_second", "mfu", "eta_seconds"}
+    return [{key: value for key, value in row.items() if key not in timed} for row in lines(output / "metrics.jsonl")]
+
+
+def stop_at(step, how, command, output):
+    """Start a run, send it a signal once metrics.jsonl has a row of `step`, and return its exit code and standard error."""
+    with open(output.with_name(f"{output.name}.log"), "w+") as log:
+        running = subprocess.Popen(list(map(str, command)), stderr=log, env=clean_environment())
+        rows = output / "metrics.jsonl"
+        while running.poll() is None and not (rows.exists() and f'"step": {step},' in rows.read_text()):
+            time.sleep(0.005)
+        running.send_signal(how)
+        code = running.wait()
+        log.seek(0)
+        return code, log.read()
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +166,15 @@ def test_the_loss_falls_and_the_model_is_what_was_trained(corpus, one):
         == Tokenizer.from_file(str(one / "model" / "tokenizer.json")).encode(text).ids
     )
     assert {p.suffix for p in (one / "model").iterdir()} <= {".json", ".safetensors"}, "nothing in it that runs code when it is loaded"
+    rows = lines(one / "metrics.jsonl")
+    table = list(csv.DictReader((one / "metrics.csv").open()))
+    assert [float(row["loss"]) for row in table if row["loss"]] == [row["loss"] for row in rows if "loss" in row]
+    assert float(table[0]["bits_per_byte"]) == first["bits_per_byte"]
+    assert (one / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert all(0 < row["mfu"] < 1 and row["eta_seconds"] >= 0 for row in rows if "loss" in row)
+    samples = lines(one / "samples.jsonl")
+    assert [(sample["step"], sample["language"]) for sample in samples] == [(s, name) for s in (0, 6, 12) for name in ("latin", "cjk")]
+    assert all(sample["prompt"] and sample["continuation"] for sample in samples)
 
 
 @pytest.mark.slow
@@ -148,12 +183,170 @@ def test_killed_and_resumed_processes_under_zero_give_what_one_gives(one, two):
 
     for a, b in zip(rows_of(one), rows_of(two), strict=True):
         assert a.keys() == b.keys() and a["step"] == b["step"]
-        for key in a.keys() - {"by_language"}:
+        for key in a.keys() - {"by_language", "by_source"}:
             assert math.isclose(a[key], b[key], rel_tol=1e-4, abs_tol=1e-9), (key, a, b)
     a, b = load_file(one / "model" / "model.safetensors"), load_file(two / "model" / "model.safetensors")
     assert a.keys() == b.keys()
     assert max(np.abs(a[name] - b[name]).max() for name in a) < 2e-4, "weights, of a size of 0.02 and more"
     assert sorted(p.name for p in two.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-8"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero1", "zero3"])
+def test_the_other_stages_of_zero_give_what_one_process_gives(corpus, one, run_script, tmp_path, stage):
+    done = run_script("pretrain_hf.py", *words_of(corpus, tmp_path / "out", "--deepspeed", stage, "--nproc-per-node", 2))
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(rows_of(one), rows_of(tmp_path / "out"), strict=True):
+        for key in a.keys() - {"by_language", "by_source"}:
+            assert math.isclose(a[key], b[key], rel_tol=1e-4, abs_tol=1e-9), (key, a, b)
+
+
+@pytest.mark.slow
+def test_weights_are_gone_on_from_by_their_own_tokenizer_only(corpus, one, run_script, tmp_path):
+    last = lines(one / "metrics.jsonl")[-1]
+    done = run_script("pretrain_hf.py", *words_of(corpus, tmp_path / "out", *ONE, "--model", one / "model", "--steps", 2))
+    assert done.returncode == 0, done.stderr
+    first = lines(tmp_path / "out/metrics.jsonl")[0]
+    assert first["step"] == 0 and math.isclose(first["held_out_loss"], last["held_out_loss"], rel_tol=1e-5)
+    assert (tmp_path / "out/model/tokenizer.json").read_bytes() == (corpus / "tokenizer/tokenizer.json").read_bytes()
+    shutil.copytree(one / "model", tmp_path / "other")
+    other = json.loads((tmp_path / "other/tokenizer.json").read_text())
+    other["model"]["merges"] = other["model"]["merges"][:-1]
+    (tmp_path / "other/tokenizer.json").write_text(json.dumps(other))
+    for model, more, words in (
+        (tmp_path / "other", [], "does not write the ids"),
+        (one / "model", ["--objective", "masked"], "a olmo2 cannot learn by --objective masked; choose of: causal"),
+        (corpus / "tokenizer", [], "no configuration"),
+    ):
+        done = run_script("pretrain_hf.py", *words_of(corpus, tmp_path / "no", *ONE, "--overwrite", "--model", model, *more))
+        assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+FAMILIES = {
+    "masked": {"model_type": "modernbert", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2},
+    "span": {"model_type": "t5", "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.1},
+}
+FAMILIES["masked"] |= {"local_attention": 16, "mlp_dropout": 0.1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", FAMILIES)
+def test_a_family_learns_is_stopped_goes_on_and_loads(corpus, run_script, load_script, tmp_path, objective):
+    """The encoder on a mixture, killed twice; the encoder-decoder stopped by SIGTERM: metrics and weights of an undisturbed run, to the
+    bit, with dropout. The exported folder has the held-out loss of the last evaluation, and every text the ids it had."""
+    import torch
+    import transformers
+    from safetensors.numpy import load_file
+
+    (tmp_path / "config.json").write_text(json.dumps(FAMILIES[objective]))
+    shutil.copytree(corpus / "tokens", tmp_path / "more")
+    mixture = ["--input", corpus / "tokens", tmp_path / "more", "--weights", 3, 1] if objective == "masked" else []
+    more = [*ONE, "--model-config", tmp_path / "config.json", "--steps", 60, "--eval-every", 30, "--save-every", 7, *mixture]
+    done = run_script("pretrain_hf.py", *words_of(corpus, tmp_path / "whole", *more))
+    assert done.returncode == 0, done.stderr
+    command = [sys.executable, ROOT / "scripts" / "pretrain_hf.py", *words_of(corpus, tmp_path / "cut", *more)]
+    if objective == "masked":
+        for step in sorted(random.sample(range(8, 56), 2)):
+            code, words = stop_at(step, signal.SIGKILL, command, tmp_path / "cut")
+            assert code == -signal.SIGKILL, words
+    else:
+        code, words = stop_at(random.randrange(8, 50), signal.SIGTERM, command, tmp_path / "cut")
+        assert code == 143 and "checkpoint saved; the same command goes on from here" in words, words
+    done = run_script("pretrain_hf.py", *words_of(corpus, tmp_path / "cut", *more))
+    assert done.returncode == 0, done.stderr
+    assert rows_of(tmp_path / "whole") == rows_of(tmp_path / "cut")
+    assert lines(tmp_path / "whole/samples.jsonl") == lines(tmp_path / "cut/samples.jsonl")
+    weights, others = (load_file(tmp_path / name / "model/model.safetensors") for name in ("whole", "cut"))
+    assert weights.keys() == others.keys() and all(np.array_equal(weights[name], others[name]) for name in weights)
+
+    manifest = json.loads((tmp_path / "whole/manifest.json").read_text())
+    first, last = manifest["metrics"]["first"], manifest["metrics"]["last"]
+    assert last["held_out_loss"] < first["held_out_loss"] - 0.5 and "bits_per_byte" not in last
+    assert len(last["by_source"]) == (2 if mixture else 1)
+    script, ours = load_script("pretrain_hf.py"), transformers.AutoTokenizer.from_pretrained(tmp_path / "whole/model")
+    model = getattr(transformers, script.HEADS[objective]).from_pretrained(tmp_path / "whole/model")
+    text = "the red house 猫"
+    assert ours(text)["input_ids"] == transformers.AutoTokenizer.from_pretrained(corpus / "tokenizer")(text)["input_ids"]
+    if objective == "masked":
+        assert ours.mask_token == "<|mask|>" and ours.mask_token_id == ours("<|mask|>")["input_ids"][0]
+        make = script.functools.partial(script.masked, special=[0, 1], mask=ours.mask_token_id, vocabulary=ours.mask_token_id)
+    else:
+        sentinels = np.array(ours.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(100)]))
+        assert sentinels[99] - sentinels[0] == 99 and model.config.decoder_start_token_id == 1
+        make = script.functools.partial(script.span, sentinels=sentinels, end=0)
+    described = json.loads((corpus / "tokens/tokens.json").read_text())
+    for language, part in described["held_out"].items():
+        rows = script.Sequences(corpus / "tokens" / part["file"], "uint16", 32).read(range(4 if mixture else 8))
+        batch = script.collate([make(ids, np.random.default_rng((1, place))) for place, ids in enumerate(rows)])
+        with torch.no_grad():
+            assert math.isclose(model(**batch).loss.item(), last["by_language"][language]["loss"], rel_tol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_leap_of_the_loss_names_its_documents_and_can_be_skipped(corpus, run_script, load_script, tmp_path):
+    """The sequences of batch 40, within the first epoch, are noise: the run stops there, names its documents, and goes on without it."""
+    shutil.copytree(corpus, tmp_path / "corpus")
+    script, path = load_script("pretrain_hf.py"), tmp_path / "corpus/tokens/train.npy"
+    bad = script.Batches([script.Sequences(path, "uint16", 32)], None, 8, 1).rows(40)[1]
+    ids = np.fromfile(path, np.uint16)
+    ids[: len(ids) // 32 * 32].reshape(-1, 32)[bad] = np.random.default_rng(1).integers(2, 250, (8, 32))
+    ids.tofile(path)
+    words = words_of(
+        tmp_path / "corpus", tmp_path / "out", *ONE, "--steps", 42, "--eval-every", 42, "--save-every", 30, "--schedule", "wsd"
+    )
+    done = run_script("pretrain_hf.py", *words)
+    assert done.returncode == 1 and "at step 40; batch 40" in done.stderr and "--skip-batches 40," in done.stderr, done.stderr
+    named = lines(tmp_path / "out/suspects.jsonl")
+    assert {entry["sequence"] for entry in named} == set(bad.tolist())
+    for entry in named:
+        assert entry["start"] < (entry["sequence"] + 1) * 32 and entry["end"] > entry["sequence"] * 32 and entry["id"].startswith("train-")
+        assert entry["file"] == str(path)
+    done = run_script("pretrain_hf.py", *words, "--skip-batches", 40)
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in rows_of(tmp_path / "out") if "loss" in row] == list(range(1, 43))
+
+
+@pytest.mark.slow
+def test_the_plan_is_computed_beforehand_and_what_cannot_fit_is_refused(corpus, run_script, tmp_path):
+    done = run_script("pretrain_hf.py", *words_of(corpus, tmp_path / "out", "--dry-run", "--machine", "2xH100", "--price", 2))
+    assert done.returncode == 0, done.stderr
+    planned, layer = json.loads(done.stdout), 4 * 32 * 32 + 3 * 32 * 32
+    assert planned["parameters"] == 2 * 384 * 32 + 2 * (layer + 4 * 32) + 32
+    attention = 2 * 2 * 2 * 32 * 32  # for a token: two products with 32 others, of width 32, in two layers
+    assert math.isclose(planned["flops_per_token"], 6 * (384 * 32 + 2 * layer) + 3 * attention, rel_tol=0.05), planned
+    assert planned["memory"]["states"] == planned["parameters"] * (4 + 4 / 2 + 16 / 2) and planned["cost"] == 4 * planned["hours"] > 0
+    assert not (tmp_path / "out").exists()
+    big = ["--d-model", 16384, "--n-heads", 128, "--mlp-hidden-size", 65536, "--n-layers", 40]
+    done = run_script("pretrain_hf.py", *words_of(corpus, tmp_path / "out", *ONE, *big))
+    assert done.returncode == 1 and "each process needs about" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_masks_are_exact_and_a_matter_of_seed_and_place(load_script):
+    script = load_script("pretrain_hf.py")
+    ids = np.random.default_rng(1).integers(2, 90, 1000)
+    ids[::10] = 0
+    made = [script.masked(ids, np.random.default_rng((1, place)), [0, 1], 99, 90) for place in (5, 5, 6)]
+    assert np.array_equal(made[0]["input_ids"], made[1]["input_ids"]) and not np.array_equal(made[0]["labels"], made[2]["labels"])
+    inputs, labels = made[0]["input_ids"], made[0]["labels"]
+    learnt = labels != -100
+    assert learnt.sum() == 150 and np.array_equal(labels[learnt], ids[learnt]) and not (labels == 0).any()
+    assert np.array_equal(inputs[~learnt], ids[~learnt]) and (inputs == 99).sum() == 120
+    assert 15 <= (inputs == ids)[learnt].sum() <= 18, "a tenth is left, and one or two are exchanged for themselves"
+
+
+def test_spans_and_what_stands_for_them_are_the_text(load_script):
+    script = load_script("pretrain_hf.py")
+    sentinels = np.arange(500, 600)
+    for place, length in enumerate([8, 33, 128, 512, 513] * 20):
+        ids = np.random.default_rng(place).integers(2, 400, length)
+        made = script.span(ids, np.random.default_rng((1, place)), sentinels, 0)
+        noise, spans = script.spans_of(length)
+        assert len(made["input_ids"]) == length - noise + spans + 1 and len(made["labels"]) == noise + spans + 1
+        assert made["input_ids"][-1] == made["labels"][-1] == 0
+        hidden = np.split(made["labels"][:-1], np.flatnonzero(made["labels"] >= 500))[1:]
+        assert all(len(part) > 1 for part in hidden)
+        stands = {part[0]: part[1:] for part in hidden}
+        assert np.array_equal(np.concatenate([stands.get(i, [i]) for i in made["input_ids"][:-1]]), ids)
 
 
 @pytest.mark.slow
@@ -185,6 +378,10 @@ REFUSALS = {
     "multiple of 1 processes": (2, ["--global-batch-size", 6], None),
     "--n-heads must divide": (2, ["--n-heads", 3], None),
     "neither zero1": (2, ["--deepspeed", "zero4"], None),
+    "each of the 1 folders": (2, ["--weights", 1, 2], None),
+    "--model or --model-config": (2, ["--model", "a", "--model-config", "b"], None),
+    "x and one of": (2, ["--machine", "8xH99"], None),
+    "flash-attn is not installed": (2, ["--flash-attention"], None),
     "do not fill a batch": (1, ["--sequence-length", 100_000], None),
     "did not write the ids": (1, [], lambda c: (c / "tokenizer/tokenizer.json").write_text("{}")),
     "tokenizer.json: No such file": (1, [], lambda c: shutil.rmtree(c / "tokenizer")),
@@ -213,8 +410,7 @@ def test_a_model_config_that_is_none(corpus, run_script, tmp_path):
     assert done.returncode == 1 and "config.json: no configuration" in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
-def test_the_recipe_is_accepted(corpus, run_script, tmp_path):
-    done = run_script(
-        "pretrain_hf.py", "--config", ROOT / "recipes/demo/pretrain-hf.yaml", *words_of(corpus, tmp_path / "out")[:6], "--tokens", 5
-    )
+@pytest.mark.parametrize("recipe", sorted(ROOT.glob("recipes/*/pretrain-[hms]*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_the_recipe_is_accepted(corpus, run_script, tmp_path, recipe):
+    done = run_script("pretrain_hf.py", "--config", recipe, *words_of(corpus, tmp_path / "out")[:6], "--tokens", 5, "--steps", 5)
     assert done.returncode == 2 and "--steps or --tokens" in done.stderr
