@@ -564,7 +564,7 @@ def prepare(args, tokens):
     if not args.model:
         config.vocab_size = math.ceil(size / 128) * 128
     end, pad = tokens["eos_token_id"], tokens["pad_token_id"]
-    if args.objective == "span" and config.decoder_start_token_id is None:
+    if args.objective == "span" and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = pad
     if args.objective == "masked" and not args.model and hasattr(config, "mask_token_id"):
         config.mask_token_id = marks[0]
@@ -606,6 +606,7 @@ def make_plan(args, config, item, processes, peak):
     import transformers
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
+    from transformers.initialization import no_init_weights
 
     half, zero = args.precision == "amp_bf16", {"stage": ZERO.index(args.deepspeed) + 1 if args.deepspeed in ZERO else 0}
     if args.deepspeed not in (*ZERO, "none"):
@@ -620,7 +621,7 @@ def make_plan(args, config, item, processes, peak):
 
     for attention in ("eager", None):  # its products are counted in the first, which the second, that runs, does in one piece
         saved.clear()
-        with FakeTensorMode(), warnings.catch_warnings(action="ignore"):
+        with FakeTensorMode(), no_init_weights(), warnings.catch_warnings(action="ignore"):
             model = getattr(transformers, HEADS[args.objective]).from_config(config, attn_implementation=attention)
             own = {weight.untyped_storage()._cdata for weight in model.parameters()}
             parameters = sum(weight.numel() for weight in model.parameters())
