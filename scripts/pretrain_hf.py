@@ -265,7 +265,7 @@ class Sequences:
 def shuffled(numbers, size, key):
     """Return where the permutation `key` (a list of ints) of range(size) takes `numbers`.
 
-    It is computed, not stored: a Feistel network on the next even number of bits, walked on where it leads outside (Black and Rogaway 2002).
+    It is computed, not stored: a Feistel network on an even number of bits, walked on where it leads outside (Black and Rogaway 2002).
     """
     half = np.uint64(max(1, (int(size - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
