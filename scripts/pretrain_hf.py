@@ -623,6 +623,7 @@ def make_plan(args, config, item, processes, peak):
         saved.clear()
         with FakeTensorMode(), no_init_weights(), warnings.catch_warnings(action="ignore"):
             model = getattr(transformers, HEADS[args.objective]).from_config(config, attn_implementation=attention)
+            model.tie_weights()
             own = {weight.untyped_storage()._cdata for weight in model.parameters()}
             parameters = sum(weight.numel() for weight in model.parameters())
             batch = {name: torch.zeros(args.micro_batch_size, len(ids), dtype=torch.int64) for name, ids in item.items()}
@@ -1174,6 +1175,8 @@ def main():
     alone = "RANK" not in os.environ
     # before the imports, which take many seconds
     run = begin(args) if alone and not args.dry_run else None
+    for noisy in ("torchao", "torch.utils._pytree"):  # imported along: kernels that are not used, and how they are written
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched, and packages that are imported along would ask the hub
     if args.dry_run:
         return dry_run(args, Stage(args, sources))

@@ -265,6 +265,7 @@ def test_a_family_learns_is_stopped_goes_on_and_loads(corpus, run_script, load_s
     assert len(last["by_source"]) == (2 if mixture else 1)
     script, ours = load_script("pretrain_hf.py"), transformers.AutoTokenizer.from_pretrained(tmp_path / "whole/model")
     model = getattr(transformers, script.HEADS[objective]).from_pretrained(tmp_path / "whole/model")
+    assert manifest["counts"]["parameters"] == model.num_parameters()
     text = "the red house 猫"
     assert ours(text)["input_ids"] == transformers.AutoTokenizer.from_pretrained(corpus / "tokenizer")(text)["input_ids"]
     if objective == "masked":
