@@ -1033,9 +1033,7 @@ def begin(args):
     """Return the Run of this stage, or leave as it says."""
     inputs = [*args.input, Path(args.tokenizer, "tokenizer.json")]
     inputs += [path for path in (args.model, args.model_config, args.deepspeed) if path and Path(path).exists()]
-    ignored = ["skip_batches", "spike", "wandb", "machine", "mfu", "price", "dry_run"]
-    ignored += ["nproc_per_node"] if args.deepspeed == "none" else []  # a checkpoint of DeepSpeed is for as many processes
-    run = Run("pretrain", args, inputs, ignore=ignored)
+    run = Run("pretrain", args, inputs, ignore=("skip_batches", "spike", "wandb", "machine", "mfu", "price", "dry_run"))
     for folder in args.input:  # the maps were hashed as they were written, and may be terabytes
         with contextlib.suppress(OSError, ValueError, KeyError):
             for part in json.loads(Path(folder, "manifest.json").read_text(encoding="utf-8"))["outputs"]:
