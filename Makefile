@@ -85,16 +85,16 @@ tokens: $(call done,tokens) ## documents -> token memory maps, with a held-out s
 $(call done,tokens): $(R)/tokens.yaml $(call done,dedup) $(call done,tokenizer) | $(ENVIRONMENT)
 	$(call run,tokenize_corpus.py) --input $(OUT)/dedup --tokenizer $(OUT)/tokenizer
 
-pretrain: $(call done,$(if $(filter hf,$(ENGINE)),pretrain-hf,pretrain)) ## tokens -> a language model, by ENGINE
+pretrain: $(call done,$(if $(filter hf,$(ENGINE)),pretrain-hf,pretrain)) ## tokens -> a language model, by ENGINE; also pretrain-masked, -span; beforehand: pretrain-plan
 # A recipe that mixes folders of tokens names them, and their tokenizer
 $(call done,pretrain): $(R)/pretrain.yaml $(if $(call named,pretrain),$(call newer,pretrain),$(call done,tokens)) | $(ENVIRONMENT)
 	$(call run,pretrain_olmo.py) $(if $(call named,pretrain),,--input $(OUT)/tokens --tokenizer $(OUT)/tokenizer)
-# By transformers: pretrain-hf, a decoder, is ENGINE=hf's
-pretrain-masked: $(call done,pretrain-masked) ## tokens -> an encoder by masking; pretrain-span: an encoder-decoder by span corruption
+# An encoder by masking, an encoder-decoder by span corruption; pretrain-hf, a decoder, is ENGINE=hf's
+pretrain-masked: $(call done,pretrain-masked)
 pretrain-span: $(call done,pretrain-span)
 $(foreach s,hf masked span,$(call done,pretrain-$(s))): $(OUT)/%/manifest.json: $(R)/%.yaml $(wildcard $(R)/*.json) $(call done,tokens) | $(ENVIRONMENT)
 	$(call run,pretrain_hf.py) --input $(OUT)/tokens --tokenizer $(OUT)/tokenizer
-pretrain-plan: $(R)/pretrain.yaml | $(ENVIRONMENT) ## what pretraining will take: parameters, memory a GPU, hours, cost
+pretrain-plan: $(R)/pretrain.yaml | $(ENVIRONMENT)
 	@$(PYTHON) scripts/pretrain_olmo.py --config $< --dry-run --output $(OUT)/pretrain \
 	  $(if $(call named,pretrain),,--input $(OUT)/tokens --tokenizer $(OUT)/tokenizer)
 
@@ -127,11 +127,11 @@ $(call done,sft-gen): $(R)/sft-gen.yaml $(R)/serve.yaml $(wildcard $(R)/template
 	  $(if $(MODEL_OF),--model $(MODEL_OF) --served-model-name $(notdir $(MODEL_OF))) --then "$(PYTHON) \
 	  scripts/generate_sft_data.py --config $(R)/sft-gen.yaml --output $(@D) --overwrite"
 
-sft: $(call done,sft) ## messages + model -> fine-tuned model, by Axolotl, with a certificate
+sft: $(call done,sft) ## messages + model -> fine-tuned model, with a certificate; token by token: sft-preview ROW=1
 $(call done,sft): $(R)/sft.yaml $(call done,sft-data) $(BASE) $(if $(MODEL),FORCE) | $(ENVIRONMENT)
 	$(call run,train_sft.py) --data $(OUT)/sft-data $(addprefix --model ,$(MODEL_OF))
 
-sft-preview: $(R)/sft.yaml $(call done,sft-data) $(BASE) | $(ENVIRONMENT) ## conversation ROW (default 1) token by token: what is trained, what is cut
+sft-preview: $(R)/sft.yaml $(call done,sft-data) $(BASE) | $(ENVIRONMENT)
 	@$(PYTHON) scripts/preview_sft.py --config $< --data $(OUT)/sft-data --row "$${ROW:-1}" $(addprefix --model ,$(MODEL_OF))
 
 SERVED := $(R)/serve.yaml $(if $(MODEL),,$(if $(call has,sft),$(call done,sft)))
@@ -172,7 +172,7 @@ $(call done,eval-before): $(R)/eval.yaml $(call newer,eval-before) $(R)/serve.ya
 $(call done,eval-after): $(R)/eval.yaml $(call newer,eval-after) $(R)/serve.yaml $(call done,sft) | $(ENVIRONMENT)
 	$(call evaluate,$(OUT)/sft)
 
-eval-kb: $(call done,kb) ## recall, refusal and latency of the retrieval, against BM25 and plain dense; bench-kb: its speed
+eval-kb: $(call done,kb) ## recall, refusal, latency of the retrieval, against BM25 and dense; bench-kb: its speed
 	@$(PYTHON) scripts/evaluate_retrieval.py --uri $(OUT)/kb/errors.db --queries data/sample/errors/queries.jsonl --plot $(OUT)/eval-kb.png
 bench-kb: | $(ENVIRONMENT)
 	@$(PYTHON) tests/bench/bench_kb.py
@@ -183,7 +183,7 @@ $(R)/%.yaml:
 doctor: ## what would stop RECIPE on this machine and in PYTHON's environment, and what mends it
 	@$(PYTHON3) scripts/doctor.py --python $(PYTHON) --lock $(LOCK) --port $(PORT) $(addprefix --gpus ,$(GPUS)) --recipe $(R)
 
-why: ## why the last target of RECIPE failed: fix and patch, from the base, or from its records where there is none
+why: ## why the last target of RECIPE failed: its log looked up in patches, tables and base
 	@$(PYTHON3) scripts/explain_failure.py why --logs $(OUT)/logs --patches patches --readme README.md \
 	  --records $(or $(filter %.jsonl,$(call named,kb)),data/sample/errors/records.jsonl) \
 	  --ask $(PYTHON) scripts/answer_errors.py $(addprefix --config ,$(wildcard $(R)/ask.yaml)) --uri $(OUT)/kb/errors.db
@@ -199,7 +199,7 @@ patch: | $(ENVIRONMENT) ## patches in PYTHON's environment: status; ARGS="apply 
 
 bench-sft-data bench-convert: | $(ENVIRONMENT)
 	@$(PYTHON) tests/bench/$(subst -,_,$@).py $${ARGS:-}
-bench-sft: $(call done,sft-data) $(BASE) ## what sft adds to `axolotl train`; bench-{sft-data,serve,pretrain,convert,kb}: beside their peers
+bench-sft: $(call done,sft-data) $(BASE) ## what sft adds to `axolotl train`; so bench-{sft-data,serve,pretrain,convert,kb}
 	@$(PYTHON) tests/bench/bench_sft.py --recipe $(R)/sft.yaml --data $(OUT)/sft-data --model $(MODEL_OF)
 
 bench-pretrain: $(call done,tokens)
