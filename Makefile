@@ -85,7 +85,7 @@ tokens: $(call done,tokens) ## documents -> token memory maps, with a held-out s
 $(call done,tokens): $(R)/tokens.yaml $(call done,dedup) $(call done,tokenizer) | $(ENVIRONMENT)
 	$(call run,tokenize_corpus.py) --input $(OUT)/dedup --tokenizer $(OUT)/tokenizer
 
-pretrain: $(call done,$(if $(filter hf,$(ENGINE)),pretrain-hf,pretrain)) ## tokens -> a language model, by ENGINE; also pretrain-masked, -span; beforehand: pretrain-plan
+pretrain: $(call done,$(if $(filter hf,$(ENGINE)),pretrain-hf,pretrain)) ## tokens -> a language model, by ENGINE; also pretrain-masked, -span, -plan
 # A recipe that mixes folders of tokens names them, and their tokenizer
 $(call done,pretrain): $(R)/pretrain.yaml $(if $(call named,pretrain),$(call newer,pretrain),$(call done,tokens)) | $(ENVIRONMENT)
 	$(call run,pretrain_olmo.py) $(if $(call named,pretrain),,--input $(OUT)/tokens --tokenizer $(OUT)/tokenizer)
@@ -127,7 +127,7 @@ $(call done,sft-gen): $(R)/sft-gen.yaml $(R)/serve.yaml $(wildcard $(R)/template
 	  $(if $(MODEL_OF),--model $(MODEL_OF) --served-model-name $(notdir $(MODEL_OF))) --then "$(PYTHON) \
 	  scripts/generate_sft_data.py --config $(R)/sft-gen.yaml --output $(@D) --overwrite"
 
-sft: $(call done,sft) ## messages + model -> fine-tuned model, with a certificate; token by token: sft-preview ROW=1
+sft: $(call done,sft) ## messages + model -> fine-tuned model, with a certificate; its tokens: sft-preview ROW=1
 $(call done,sft): $(R)/sft.yaml $(call done,sft-data) $(BASE) $(if $(MODEL),FORCE) | $(ENVIRONMENT)
 	$(call run,train_sft.py) --data $(OUT)/sft-data $(addprefix --model ,$(MODEL_OF))
 
