@@ -66,13 +66,7 @@ ARCHITECTURES = {
 }
 CHECKPOINTS = {"olmo": "-unsharded", "olmo-core": ""}  # what follows stepN
 PROMPT, SAMPLE = 24, 48  # tokens of held-out text that are continued, and of the continuation
-PATTERN = 10_000  # places of a mixture in which each source has its share
 RECENT = 8  # steps; a loss is compared with the lowest mean of so many
-COLUMNS = ("step", "tokens", "loss", "z_loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", "held_out_loss", "bits_per_byte")
-# Dense bf16 TFLOP/s and GB of the makers' data sheets; the first name that is part of the device's counts
-GPUS = {"B200": (2250, 180), "H200": (989, 141), "H100": (989, 80), "H800": (989, 80), "H20": (148, 96), "GH200": (989, 96)}
-GPUS |= {"A100-SXM4-40GB": (312, 40), "A100": (312, 80), "A800": (312, 80), "L40S": (362, 48), "A40": (150, 48), "L4": (121, 24)}
-GPUS |= {"RTX 5090": (210, 32), "RTX 4090": (165, 24), "RTX 3090": (71, 24), "A10": (125, 24)}
 
 
 # >>> snippet: config_argv
@@ -222,6 +216,15 @@ def write_atomic(path, mode="wb"):
 
 
 # <<<
+# >>> snippet: token_batches
+PATTERN = 10_000  # places of a mixture in which each source has its share
+COLUMNS = ("step", "tokens", "loss", "z_loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", "held_out_loss", "bits_per_byte")
+# Dense bf16 TFLOP/s and GB of the makers' data sheets; the first name that is part of the device's counts
+GPUS = {"B200": (2250, 180), "H200": (989, 141), "H100": (989, 80), "H800": (989, 80), "H20": (148, 96), "GH200": (989, 96)}
+GPUS |= {"A100-SXM4-40GB": (312, 40), "A100": (312, 80), "A800": (312, 80), "L40S": (362, 48), "A40": (150, 48), "L4": (121, 24)}
+GPUS |= {"RTX 5090": (210, 32), "RTX 4090": (165, 24), "RTX 3090": (71, 24), "A10": (125, 24)}
+
+
 def read_tokens(folder, tokenizer):
     """Return tokens.json of a folder, its files checked for their size and its ids for having come from `tokenizer`; SystemExit if not."""
     path = Path(folder, "tokens.json")
@@ -366,6 +369,40 @@ def peak_flops(device, precision):
         one @ one
         seconds.append(time.perf_counter() - start)
     return 2 * 1024**3 / min(seconds)
+
+
+def pooled(losses, counts, place=0, kind=None):
+    """Return {"loss", "bits_per_byte"} of those (source, language) in `losses` that have `kind` at `place`, or of all: nats a token by
+    tokens, and bits a byte of text."""
+    names = [name for name in losses if kind in (None, name[place])]
+    nats = sum(losses[name] * counts[name]["tokens"] for name in names)
+    tokens, size = (sum(counts[name][unit] for name in names) for unit in ("tokens", "bytes"))
+    return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / size}
+
+
+def plot(steps, held_out, path):
+    """Draw [(step, loss, learning rate)] and [(step, held-out loss)]."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    numbers, losses, rates = zip(*steps, strict=True)
+    axes.plot(numbers, losses, linewidth=1, label="training")
+    axes.plot(*zip(*held_out, strict=True), marker=".", label="held out")
+    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    rate = axes.twinx()
+    rate.plot(numbers, rates, color="gray", linestyle=":", linewidth=1)
+    rate.set(ylabel="learning rate (dotted)", ylim=(0, None))
+    with write_atomic(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+    pyplot.close(figure)
+
+
+# <<<
 
 
 def make_plan(args, vocabulary, processes, local, peak=None):
@@ -749,37 +786,6 @@ class Recorder:
                 if "loss" in row:
                     steps.append((row["step"], row["loss"], row["learning_rate"]))
         plot(steps, [(row["step"], row["held_out_loss"]) for row in self.evaluations], self.folder / "loss.png")
-
-
-def pooled(losses, counts, place=0, kind=None):
-    """Return {"loss", "bits_per_byte"} of those (source, language) in `losses` that have `kind` at `place`, or of all: nats a token by
-    tokens, and bits a byte of text."""
-    names = [name for name in losses if kind in (None, name[place])]
-    nats = sum(losses[name] * counts[name]["tokens"] for name in names)
-    tokens, size = (sum(counts[name][unit] for name in names) for unit in ("tokens", "bytes"))
-    return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / size}
-
-
-def plot(steps, held_out, path):
-    """Draw [(step, loss, learning rate)] and [(step, held-out loss)]."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    numbers, losses, rates = zip(*steps, strict=True)
-    axes.plot(numbers, losses, linewidth=1, label="training")
-    axes.plot(*zip(*held_out, strict=True), marker=".", label="held out")
-    axes.set(xlabel="step", ylabel="loss (nats a token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    rate = axes.twinx()
-    rate.plot(numbers, rates, color="gray", linestyle=":", linewidth=1)
-    rate.set(ylabel="learning rate (dotted)", ylim=(0, None))
-    with write_atomic(path) as file:
-        figure.savefig(file, format="png", dpi=120)
-    pyplot.close(figure)
 
 
 def train_olmo(args, tokens, recorder):
