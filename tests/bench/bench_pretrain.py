@@ -193,12 +193,12 @@ def timed(engine, bare, sizes, args, folder):
 
 
 def flops_of(sizes, vocabulary):
-    """Return the FLOPs of a token, forward and back: 6 for each weight of a product, and attention's two products with all places."""
+    """Return the FLOPs of a token, forward and back: 6 for each weight of a product, and attention's two products, causal and so the half."""
     width, heads = sizes["d-model"], sizes["n-heads"]
     keys = 2 * width * (sizes["n-kv-heads"] or heads) // heads
     block = width * (2 * width + keys) + 3 * width * (sizes["mlp-hidden-size"] or 4 * width) // 2
     layers, head = sizes["n-layers"], width * -(-vocabulary // 128) * 128
-    return 6 * (layers * block + head) + 12 * layers * width * sizes["sequence-length"]
+    return 6 * (layers * block + head) + 6 * layers * width * sizes["sequence-length"]
 
 
 def data_rates(sizes, args):
