@@ -15,7 +15,11 @@ SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 
 def clean_environment():
     """Return the environment of a user's shell on a small machine: offline, no telemetry, one thread a process."""
-    keep = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE" and not k.startswith(("CUDA_VISIBLE", "MAKE", "MFLAGS"))}
+    keep = {
+        k: v
+        for k, v in os.environ.items()
+        if k != "PYTHONDONTWRITEBYTECODE" and not k.startswith(("CUDA_VISIBLE", "MAKE", "MFLAGS", "VLLM_"))
+    }
     quiet = {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "WANDB_MODE": "disabled"}
     return keep | quiet | {"OMP_NUM_THREADS": "1"}
 

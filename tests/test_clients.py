@@ -257,6 +257,7 @@ def test_the_benchmark_measures_and_a_mode_that_does_not_start_is_a_row(server, 
     """The user's TORCHDYNAMO_DISABLE=1 stops a bare `vllm serve`; figures come from the running server, under the name that it has."""
     words = ["--model", str(server.model), "--recipe", str(ROOT / "recipes/demo/serve.yaml"), "--port", str(free_port())]
     args = bench.build_parser().parse_args([*words, "--requests", "4", "--concurrency", "2", "--output-tokens", "8"])
+    monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)  # trl sets it where a test before this one has imported it
     for name, value in clean_environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(bench, "NAME", NAME)
