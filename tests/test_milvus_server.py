@@ -12,7 +12,7 @@ import time
 import warnings
 
 import pytest
-from conftest import ROOT, clean_environment
+from conftest import clean_environment
 
 pytestmark = pytest.mark.slow
 TOKEN = "root:Milvus"

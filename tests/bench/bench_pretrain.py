@@ -193,7 +193,7 @@ def timed(engine, bare, sizes, args, folder):
 
 
 def flops_of(sizes, vocabulary):
-    """Return the FLOPs of a token, forward and back: 6 for each weight of a product, and attention's two products, causal and so the half."""
+    """Return the FLOPs of a token, forward and back: 6 for each weight of a product, and half of attention's two, as it is causal."""
     width, heads = sizes["d-model"], sizes["n-heads"]
     keys = 2 * width * (sizes["n-kv-heads"] or heads) // heads
     block = width * (2 * width + keys) + 3 * width * (sizes["mlp-hidden-size"] or 4 * width) // 2
