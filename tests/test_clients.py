@@ -267,7 +267,7 @@ def test_the_benchmark_measures_and_a_mode_that_does_not_start_is_a_row(server, 
     assert re.search(r"\w+Error: .*aot_compile", row["failed"])
     bench.report([{"bare": figures, "ours": {name: 2 * value for name, value in figures.items()}}], {"compiled": row})
     shown = capsys.readouterr().out
-    assert "| ratio within a pair | 2.000 | 2.000 | 2.000 | 2.000 |" in shown
+    assert "| mean ratio within a pair | 2.000 | 2.000 | 2.000 | 2.000 |" in shown
     assert f"| compiled | fails: {row['failed']} |" in shown
 
 
